@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,24 @@ def test_fix_file_leaves_out_chosen_rows_and_their_repetitions(tmp_path: Path) -
         (5, "left out: it repeats line 2, which was chosen", True),
     ]
     assert changes[0].before == "user: q\nassistant: B" and changes[-1].code == "E401"
+
+
+def test_fix_file_fills_in_empty_answers_in_tables_and_chats(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("question;answer;note\nq;A;y\nr;;z\ns;;\n")
+    data = DataConfig(input="question", output="answer")
+    for lines, said in (({3: "B", 9: "C"}, "no row at line 9"), ({2: "B"}, "at line 2 has no empty answer")):
+        with pytest.raises(UserError, match=said):
+            fix_file(tmp_path / "in.csv", tmp_path / "out.csv", data, answers=lines)
+    assert not (tmp_path / "out.csv").exists()
+    changes = fix_file(tmp_path / "in.csv", tmp_path / "out.csv", data, answers={3: 'B; "two"\nlines'})
+    copy = list(csv.reader(io.StringIO((tmp_path / "out.csv").read_text("utf-8-sig")), delimiter=";"))
+    assert copy == [["question", "answer", "note"], ["q", "A", "y"], ["r", 'B; "two"\nlines', "z"]]
+    assert [(each.line, each.code, each.left_out) for each in changes] == [(3, "E401", False), (4, "E401", True)]
+    assert (changes[0].before, changes[0].after) == ("user: r\nassistant: ", 'user: r\nassistant: B; "two"\nlines')
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": " "}]
+    fix_file(_file(tmp_path, [{"messages": chat, "id": 7}]), tmp_path / "out.jsonl", DATA, answers={1: "A"})
+    expected = {"id": 7, "messages": [chat[0], {"role": "assistant", "content": "A"}]}
+    assert json.loads((tmp_path / "out.jsonl").read_text()) == expected
 
 
 _turns = st.lists(

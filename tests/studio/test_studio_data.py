@@ -306,6 +306,25 @@ def test_corrected_copy_of_a_spreadsheet_is_one_with_the_same_columns(project: P
     assert copy == kept.replace("7;;no answer;who\n", "")
 
 
+def test_empty_answer_is_filled_in_next_to_its_row(project: Path) -> None:
+    content = b"question,reply\r\nnobody answered this,\r\nnor this,\r\nsaid,yes\r\n"
+    check, columns = "/data/check?file=desk.csv&input=question&output=reply", {"input": "question", "output": "reply"}
+    with restarted(project) as browser:
+        browser.upload("desk.csv", content)
+        assert re.findall('<textarea name="([^"]*)"', browser.get(check)) == ["answer 2", "answer 3"]
+        # A page of an earlier file: what was typed stays.
+        refused = browser.send("/data/fix", check, **columns, **{"answer 3": "typed", "answer 4": "no"})
+        assert refused.status_code == 400 and "at line 4 has no empty answer" in refused.text
+        assert '<textarea name="answer 3" rows="1" dir="auto">typed</textarea>' in refused.text
+        fixed = browser.send("/data/fix", check, **columns, **{"answer 2": "an answer", "answer 3": " "})
+        assert fixed.url.params["file"] == "desk-corrected.csv" and "<dd>2</dd><dt>new rows</dt>" in fixed.text
+        changed = re.findall(r'<th scope="row">(\d)</th><td>(.*?)</td>', fixed.text)
+        assert changed[0] == ("2", "the answer filled in") and changed[1][1].startswith("left out: ")
+    assert (project / "uploads" / "desk.csv").read_bytes() == content
+    copy = (project / "uploads" / "desk-corrected.csv").read_text("utf-8-sig")
+    assert copy == "question,reply\nnobody answered this,an answer\nsaid,yes\n"
+
+
 def test_faults_of_generated_rows_are_shown_in_a_project_whose_own_files_are_documents(project: Path) -> None:
     config = project / "tunewright.yaml"
     config.write_text(config.read_text().replace("data:\n", "data:\n  rows: items[]\n", 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -210,8 +210,12 @@ def fix_file(
     mapping: ColumnMapping = ColumnMapping(),
     *,
     leave_out: Collection[int] = (),
+    answers: Mapping[int, str] | None = None,
 ) -> list[Change]:
-    """Write a corrected copy of a file of pairs without the rows at ``leave_out`` lines, and list every change."""
+    """Write a corrected copy of a file of pairs, and list every change.
+
+    The copy lacks the rows at ``leave_out`` lines, and has ``answers`` where those at their lines are empty.
+    """
     data = map_columns(settings_of(Path(file), project.folder), mapping, [Path(file)])
     with project.reporter.task("correcting", source_size(Path(file)), "bytes") as task:
-        return file_check.fix_file(Path(file), Path(out), data, task, leave_out)
+        return file_check.fix_file(Path(file), Path(out), data, task, leave_out, answers)

@@ -161,12 +161,17 @@ class Change:
 
 
 def fix_file(
-    path: Path, out: Path, data: DataConfig, task: Task | None = None, leave_out: Collection[int] = ()
+    path: Path,
+    out: Path,
+    data: DataConfig,
+    task: Task | None = None,
+    leave_out: Collection[int] = (),
+    answers: Mapping[int, str] | None = None,
 ) -> list[Change]:
     """Write a corrected copy of a file of pairs, and return each change.
 
     ``leave_out`` are lines (in a file without lines: numbers of rows) whose rows the copy lacks, with every row that
-    repeats them.
+    repeats them. ``answers`` fill in the empty answers at their lines.
 
     The copy of a CSV file is a CSV file with the same columns, if the name ``out`` ends in .csv; other copies have chat
     rows (JSON Lines, UTF-8).
@@ -181,7 +186,7 @@ def fix_file(
         raise UserError(what, where=str(out), fix="Name a new file; files are not corrected in place.")
     notes: list[str] = []
     plain = data.model_copy(update={"system_prompt": None})
-    chosen = _chosen_pairs(path, plain, leave_out)
+    chosen, answers = _chosen_pairs(path, plain, leave_out), answers or {}
     source = open_source(path, data, notes, task)
     changes: list[Change] = []
     table = out.suffix.lower() == ".csv"
@@ -195,12 +200,14 @@ def fix_file(
     ):
         written = 0
         lines = csv.writer(copy, delimiter=source.delimiter or ",", lineterminator="\n")
-        for row in _fix_rows(source, plain, changes, table, chosen):
+        for row in _fix_rows(source, plain, changes, table, chosen, answers):
             if table:
                 lines.writerows([row.values()] if written else [row, row.values()])
             else:
                 copy.write(json.dumps(row, ensure_ascii=False) + "\n")
             written += 1
+        if missing := answers.keys() - {change.line for change in changes}:
+            raise UserError(f"The file has no row at line {min(missing)}", where=str(path), fix="Check the file again.")
         if not written:
             what = "Every row is left out" if chosen else "Every row has a fault that cannot be repaired"
             raise UserError(what, where=str(path), fix="Correct the file.")
@@ -229,23 +236,37 @@ def _pair(example: Example) -> tuple[str, str]:
     return example.prompt_key, example.output.strip()
 
 
-def _parse(raw: RawRow, data: DataConfig) -> tuple[Conversation, Example, list[Turn], list[tuple[str, str]]]:
-    """Return a row's conversation, and what `_repair` makes of it; raise a fault that has no repair."""
+def _parse(
+    raw: RawRow, data: DataConfig, answer: str | None = None
+) -> tuple[Conversation, Example, list[Turn], list[tuple[str, str]]]:
+    """Return a row's conversation, and what `_repair` makes of it with this answer; raise a fault without a repair."""
     if isinstance(raw.row, RowError):
         raise raw.row
     conversation = parse_conversation(raw.row, data, raw.above, raw.parent)
-    return conversation, *_repair(conversation, data)
+    if answer is None:
+        return conversation, *_repair(conversation, data)
+    last = conversation.turns[-1]
+    if last.role != "assistant" or not last.path or str(last.content or "").strip():
+        raise UserError(f"The row at line {raw.line} has no empty answer", fix="Check the file again.")
+    filled = replace(conversation, turns=(*conversation.turns[:-1], replace(last, content=answer)))
+    example, turns, done = _repair(filled, data)
+    return conversation, example, turns, [("E401", "the answer filled in"), *done]
 
 
 def _fix_rows(
-    source: SourceFile, data: DataConfig, changes: list[Change], table: bool, chosen: Mapping[tuple[str, str], int]
+    source: SourceFile,
+    data: DataConfig,
+    changes: list[Change],
+    table: bool,
+    chosen: Mapping[tuple[str, str], int],
+    answers: Mapping[int, str],
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of the copy; those of a ``table`` keep their columns, and ``chosen`` pairs are left out."""
     kinds: set[str] = set()
     for raw in source.rows:
         line, row = raw.line, raw.row
         try:
-            conversation, example, turns, done = _parse(raw, data)
+            conversation, example, turns, done = _parse(raw, data, answers.get(line))
             assert not isinstance(row, RowError)
             groups = groups_of(row, data, raw.parent)
             metadata, lost = metadata_of(row, conversation, data)
@@ -259,8 +280,9 @@ def _fix_rows(
             continue
         changes += [Change(source.name, line, code, what, False, *texts) for code, what in done]
         if table:
-            # Each turn is a column; the only repair is to leave a blank one out.
-            yield row | {str(turn.path[0]): "" for turn in conversation.turns if done and turn not in turns}
+            # Each turn is a column; a blank one is left out, or is the last one and filled in.
+            filled = {str(turns[-1].path[0]): turns[-1].content} if line in answers else {}
+            yield row | {str(turn.path[0]): "" for turn in conversation.turns if done and turn not in turns} | filled
             continue
         if conversation.kind not in kinds and conversation.kind != "OpenAI chats":
             kinds.add(conversation.kind)

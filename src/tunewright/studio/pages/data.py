@@ -62,6 +62,8 @@ _MAPPING = ("sheet", "header_row", "input", "output")
 _COPY = re.compile(r"-corrected(-\d+)?$")
 _KEEP = "keep "
 """Begins the name of a field that chooses one answer of a conflict."""
+_ANSWER = "answer "
+"""Begins the name of a field with the answer of a row that has none."""
 _HEADER_ROW = re.compile(r"--header-row (\d+)")
 
 
@@ -156,6 +158,7 @@ def check_page(visit: Visit) -> Response:
         cell=_cell,
         conflicts=conflicts[:_FAULTS],
         keep=_KEEP,
+        answer=_ANSWER,
         why_kept=_why_kept(visit, name),
         seen=file.stat().st_mtime_ns,
         excerpt=excerpt,
@@ -261,7 +264,7 @@ def remove_file(visit: Visit) -> Response:
 def fix_file(visit: Visit) -> Response:
     """Write a corrected copy of an uploaded file, and show what adding the copy would do.
 
-    The copy lacks the rows of answers that were not chosen.
+    The copy lacks the rows of answers that were not chosen, and has the answers that were typed.
     """
     name, file = _file(visit, visit.form)
     ending = ".csv" if file.suffix.lower() == ".csv" else ".jsonl"
@@ -274,7 +277,9 @@ def fix_file(visit: Visit) -> Response:
         return visit.go(_check_path(name, visit.form), "No answer was chosen. Nothing was written.")
     # The copy has no lines above its header; its columns are the file's.
     kept = {name: value for name, value in visit.form.items() if ending == ".csv" and name in ("input", "output")}
-    changes = visit.project.data.fix_file(file, copy, _mapping(visit.form), leave_out=lines)
+    typed = {name.removeprefix(_ANSWER): text for name, text in visit.form.items() if name.startswith(_ANSWER)}
+    answers = {int(line): text for line, text in typed.items() if line.isdecimal() and text.strip()}
+    changes = visit.project.data.fix_file(file, copy, _mapping(visit.form), leave_out=lines, answers=answers)
     if not changes:
         return visit.go(_check_path(copy.name, kept), f"Wrote {copy.name}.")
     lost = _rows_at(visit, file, visit.form, {each.line for each in changes[:_CHANGES] if each.left_out})
