@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from reference_sources import COMMANDS
+from reference_sources import COMMANDS, MODULES
 
 _OTHER = "Commands"
 _EXAMPLE = re.compile(r"\s*^Examples?:\s*(.+)\Z", re.MULTILINE | re.DOTALL)
@@ -86,14 +86,28 @@ def pages() -> dict[str, str]:
     return written
 
 
-def _walk(command: Any, name: str, panel: str) -> Iterator[Entry]:
+def _panel(command: Any) -> str:
     own = getattr(command, "rich_help_panel", None)
-    panel = own if isinstance(own, str) else panel
+    return own if isinstance(own, str) else ""
+
+
+def _module(command: Any) -> int:
+    """Return the place of a command's module in the order of the help; groups come after all commands."""
+    if hasattr(command, "commands"):
+        return len(MODULES) + min(map(_module, command.commands.values()))
+    return MODULES.index(command.callback.__module__.rpartition(".")[2])
+
+
+def _walk(command: Any, name: str, panel: str) -> Iterator[Entry]:
+    panel = _panel(command) or panel
     if command.hidden:
         return
     if hasattr(command, "commands"):
-        for child in command.list_commands(None):
-            yield from _walk(command.commands[child], f"{name} {child}".strip(), panel)
+        children = [command.commands[child] for child in command.list_commands(None)]
+        panels = list(dict.fromkeys(map(_panel, children)))
+        # Typer lists groups last, and commands in the order in which their modules were imported.
+        for child in sorted(children, key=lambda each: (panels.index(_panel(each)), _module(each))):
+            yield from _walk(child, f"{name} {child.name}".strip(), panel)
     else:
         yield Entry(name, panel, command)
 

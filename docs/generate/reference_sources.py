@@ -14,6 +14,7 @@ from tunewright.adapters.foreign import ImportOptions
 from tunewright.adapters.keys import TrustedKeys
 from tunewright.adapters.manifest import Manifest as AdapterManifest
 from tunewright.api import Project, ProjectAdapters, ProjectData, ProjectExport, ProjectShadow
+from tunewright.cli import GROUPS as MODULES
 from tunewright.cli import commands
 from tunewright.config import Config
 from tunewright.core.errors import UserError
@@ -59,6 +60,7 @@ __all__ = [
     "DOCUMENTS",
     "GROUPS",
     "MAX_FEEDBACK_BYTES",
+    "MODULES",
     "OPTIONS",
     "REQUESTS",
     "ROUTES",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -17,7 +19,7 @@ import reference_http
 import reference_python
 import typer
 from pydantic import BaseModel
-from reference_sources import COMMANDS, DOCUMENTS, GROUPS, OPTIONS, ROUTES, Config
+from reference_sources import COMMANDS, DOCUMENTS, GROUPS, MODULES, OPTIONS, ROUTES, Config
 
 from tunewright.advisor.signals import Signals
 
@@ -32,6 +34,15 @@ def test_committed_pages_are_those_of_the_code() -> None:
     assert not stale, "Run `make reference`."
     panels = {f"reference/cli/{file.name}" for file in (reference.DOCS / "reference" / "cli").iterdir()}
     assert panels == {path for path in pages if path.startswith("reference/cli/")}
+
+
+@pytest.mark.slow
+def test_order_of_commands_does_not_depend_on_the_order_of_imports() -> None:
+    modules = ", ".join(f"tunewright.cli.{name}" for name in MODULES[::-1])
+    code = f"import {modules}, reference_cli\nfor each in reference_cli.entries(): print(each.name)"
+    folder = Path(reference_cli.__file__).parent
+    printed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines() == [each.name for each in ENTRIES]
 
 
 def test_reference_documents_every_command() -> None:

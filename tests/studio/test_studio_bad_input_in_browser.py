@@ -100,6 +100,21 @@ def test_second_tab_of_a_reviewer_loses_neither_note_nor_edit(ada: Page, project
     _save_refused_text(second, project, row, by="ada")
 
 
+def test_edit_sent_by_keys_in_a_second_tab_records_nothing_and_is_shown(ada: Page, project: Path) -> None:
+    second = ada.context.new_page()
+    ada.goto("/review")
+    second.goto("/review")
+    row = row_key(ada)
+    second.keyboard.press("e")
+    second.fill("#output", "typed in the second tab")
+    press_to_next(ada, "w")
+    with second.expect_navigation():
+        second.keyboard.press("Control+Enter")
+    assert _reviews(project).current_verdicts(row)["ada"].verdict == "wrong"
+    assert "Nothing was recorded" in second.inner_text("main")
+    assert "typed in the second tab" in second.content() and row_key(second) != row
+
+
 def test_text_typed_under_a_lease_that_ran_out_is_not_lost(chrome: Browser, ada: Page, project: Path) -> None:
     ada.goto("/review")
     while ada.input_value("#output") == "teal":

@@ -259,23 +259,6 @@ def test_slow_connection_sends_a_file_once(slow: Page, project: Path) -> None:
     assert len(library.open(project).data.log()) == versions + 1
 
 
-def test_second_tab_records_nothing_and_keeps_the_typed_text(page: Page, project: Path) -> None:
-    second = page.context.new_page()
-    page.goto("/review")
-    second.goto("/review")
-    row = row_key(page)
-    second.keyboard.press("e")
-    second.fill("#output", "typed in the second tab")
-    press_to_next(page, "w")
-    with second.expect_navigation():
-        second.keyboard.press("Control+Enter")
-    assert _reviews(project).current_verdicts(row)["ada"].verdict == "wrong"
-    assert "Nothing was recorded" in second.inner_text("main")
-    assert "typed in the second tab" in second.content()
-    assert row_key(second) != row
-    second.close()
-
-
 def test_phone_shows_both_answers_above_the_buttons_and_the_page_in_the_menu(page: Page) -> None:
     show(page, f"/compare/{EVALUATION}", width=360)
     answers, buttons = page.locator(".sides").bounding_box(), page.locator(".verdicts").bounding_box()

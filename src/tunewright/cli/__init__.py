@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import typer
 
 # In the order in which each panel of the help lists their commands.
-_GROUPS = (
+GROUPS = (
     "data",
     "data_versions",
     "data_generate",
@@ -42,7 +42,7 @@ def commands() -> typer.Typer:
     """Return the whole command line."""
     from tunewright.cli.app import app
 
-    for group in _GROUPS:
+    for group in GROUPS:
         import_module(f"tunewright.cli.{group}")
     return app
 
