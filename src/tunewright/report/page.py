@@ -118,8 +118,8 @@ class Summary:
     meaning: str
 
 
-def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
-    """Return the verdict with its causes, and the deciding contrast."""
+def summary(evidence: Evidence, known: ProjectFacts | None = None, version: str = "") -> Summary:
+    """Return the verdict with its causes, and the deciding contrast; ``version`` names the dataset version."""
     result, first = decided(evidence, known), evidence.contrasts[0]
     treatment, control = evidence.arm(first.treatment), evidence.arm(first.control)
     better, worse = changed_words(evidence, first.metric)
@@ -134,7 +134,7 @@ def summary(evidence: Evidence, known: ProjectFacts | None = None) -> Summary:
         else (),
         tone=_TONES[result.decision],
         measured=result.summary,
-        made=_made(evidence),
+        made=_made(evidence, version),
         cautions=tuple(each for each in result.reasons if each.startswith("Caution: ")),
         reasons=result.blocks(result.reasons),
         numbers=(
@@ -156,13 +156,13 @@ def _answer(evidence: Evidence, headline: str, scores: Sequence[str]) -> str:
     return f"{headline}: {ours:,} of {first.scored:,} right; the best prompt gets {theirs:,}"
 
 
-def _made(evidence: Evidence) -> str:
+def _made(evidence: Evidence, version: str) -> str:
     lineage = evidence.lineage
     facts = {
         "on": str(lineage.get("created", ""))[:10],
         "by": evidence.opening.author if evidence.opening else None,
         "with the base": lineage.get("base", {}).get("spec"),
-        "on data set": f"{evidence.project} (version {str(lineage.get('dataset', 'unknown'))[:12]})",
+        "on data set": f"{evidence.project} ({version or 'version ' + str(lineage.get('dataset', 'unknown'))[:12]})",
     }
     return f"Measured {', '.join(f'{word} {fact}' for word, fact in facts.items() if fact)}."
 

@@ -27,6 +27,7 @@ from tunewright.studio.jobs import SERVER, Job, refusal, served, trial_of
 from tunewright.studio.pages.deploy import follows_releases, made, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import EVALUATE_PAGE, ListedEvaluation, evaluations_of
 from tunewright.studio.visit import Handlers, Visit, path_of
+from tunewright.studio.words import version_name
 
 _COMMANDS = ("advise", "train", "evaluate", "crossval", "run")
 _ON_CLUSTER = (*_COMMANDS, SERVER)
@@ -69,13 +70,15 @@ def project_page(visit: Visit) -> Response:
     """Show the stages of the pipeline, what to do next, the evaluations and the jobs."""
     evaluations = evaluations_of(visit.project)
     newest = next((each for each in evaluations if each.on_test), None)
+    versions = {each.digest: version_name(each) for each in visit.project.data.log()}
+    evidence = None if newest is None else newest.evidence
     return visit.page(
         "project.html.j2",
         "Project",
         stages=stages(visit.project, evaluations, lambda: visit.version),
         evaluations=evaluations[:_NEWEST],
         newest=newest,
-        answer=None if newest is None or newest.evidence is None else summary(newest.evidence),
+        answer=evidence and summary(evidence, version=versions.get(evidence.lineage.get("dataset", ""), "")),
         jobs=_jobs_table(visit.jobs.all()[:_NEWEST]),
         running=visit.jobs.running(),
         # `run` adds the files that the config lists; a project made in the browser lists no file.
