@@ -98,7 +98,9 @@ def test_empty_folder_becomes_a_dataset_without_a_terminal(
     assert "<dd>120</dd><dt>new rows</dt>" in checked
     assert 'question <span class="tag">input</span>' in checked
     added = browser.send("/data/add", chosen, input="question", output="reply", message="the help desk's export")
-    assert "is new: 120 rows." in added.text and 'href="/review">Review a random sample' in added.text
+    assert checked.index(">Add the file<") < checked.index('<div role="status">') < checked.index('id="columns"')
+    assert 0 < added.text.find("<summary>3 notes</summary>") < added.text.find("Review a random sample")
+    assert "Version 1 is new: 120 rows." in added.text and 'href="/review">Review a random sample' in added.text
     version = library.open(folder).data.version()
     assert {(m.example.input_text, m.example.output) for m in version.members} == {
         (row["prompt"], row["completion"]) for row in pairs(120)
@@ -311,7 +313,11 @@ def test_empty_answer_is_filled_in_next_to_its_row(project: Path) -> None:
     check, columns = "/data/check?file=desk.csv&input=question&output=reply", {"input": "question", "output": "reply"}
     with restarted(project) as browser:
         browser.upload("desk.csv", content)
-        assert re.findall('<textarea name="([^"]*)"', browser.get(check)) == ["answer 2", "answer 3"]
+        page = browser.get(check)
+        assert re.findall('<textarea name="([^"]*)"', page) == ["answer 2", "answer 3"]
+        assert (
+            "Rows of the dataset have numbers of their own." in page and 'href="#faults">Correct 2 faulty rows' in page
+        )
         # A page of an earlier file: what was typed stays.
         refused = browser.send("/data/fix", check, **columns, **{"answer 3": "typed", "answer 4": "no"})
         assert refused.status_code == 400 and "at line 4 has no empty answer" in refused.text

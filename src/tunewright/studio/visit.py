@@ -207,6 +207,11 @@ class Visit:
         """Return a page."""
         folder = self.project.folder
         name = folder.root.name
+        messages = [*self.session.take_messages(), *self._reported()]
+        # A result and its warnings stay in sight; several notes behind them are one line, which opens.
+        texts = [each for each in messages[1:] if isinstance(each, str) and "\n" not in each]
+        notes = [each for each in texts if not each.startswith("Warning: ")]
+        notes = notes if len(notes) > 2 else []
         refused_name, self.session.refused_name = self.session.refused_name, None
         with suppress(UserError):  # a config with a fault, which a page reports
             name = folder.config.name if folder.has_config else name
@@ -223,7 +228,8 @@ class Visit:
             row_name=self.row_name,
             evaluation_name=self.evaluation_name,
             refused_name=refused_name,
-            messages=[*self.session.take_messages(), *self._reported()],
+            messages=[each for each in messages if each not in notes],
+            notes=notes,
             **values,
         )
         if self.session.read_only:

@@ -234,7 +234,7 @@ def add_file(visit: Visit) -> Response:
         raise UserError(what, where="version", fix="Add the file again if the effect is right.")
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state, version = "is new" if added.created else "has all of these rows already", added.version
-    return visit.go("/data", f"Version {version.digest[:12]} {state}: {count_of(version.counts.rows, 'row')}.")
+    return visit.go("/data", f"V{version_name(version)[1:]} {state}: {count_of(version.counts.rows, 'row')}.")
 
 
 def _why_kept(visit: Visit, name: str) -> str:
@@ -290,9 +290,9 @@ def fix_file(visit: Visit) -> Response:
         else (str(each.line), each.what, _short(each.before), _short(each.after))
         for each in changes[:_CHANGES]
     ]
-    shown = ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed:", rows)
-    more = f"{len(changes) - _CHANGES:,} more changes are not shown." if len(changes) > _CHANGES else ""
-    return visit.go(_check_path(copy.name, kept), shown, more)
+    more = f" ({len(changes) - _CHANGES:,} more are not shown)" if len(changes) > _CHANGES else ""
+    shown = ChangedRows(f"Wrote {copy.name}. These rows of {file.name} changed{more}:", rows)
+    return visit.go(_check_path(copy.name, kept), shown)
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def _short(text: str | None) -> str:
 def checkout(visit: Visit) -> Response:
     """Make an earlier version the current one."""
     manifest = visit.project.data.checkout(visit.form.get("version", ""))
-    return visit.go("/data", f"Version {manifest.digest[:12]} is the current one now.")
+    return visit.go("/data", f"V{version_name(manifest)[1:]} is the current one now.")
 
 
 def diff_page(visit: Visit) -> Response:
