@@ -47,7 +47,7 @@ def read_prompt(prompt: str) -> Asked:
     """The texts between the markers."""
     blocks = {name: text for name, _, text in _BLOCK.findall(prompt)}
     answers = [text for name, text in blocks.items() if name.startswith("ANSWER")]
-    return Asked(blocks["TASK"], blocks["REFERENCE"], tuple(answers))
+    return Asked(blocks["TASK"], blocks.get("REFERENCE", ""), tuple(answers))
 
 
 Script = Callable[[Asked], str]

@@ -18,7 +18,7 @@ from tunewright.open_project import OpenProject
 from tunewright.pipeline import RunResult as RunResult  # users import it from here
 from tunewright.report import verbs as reports
 from tunewright.serving import releases as release_verbs
-from tunewright.serving import serve, shadow_plan, shadow_review
+from tunewright.serving import serve, shadow_judge, shadow_plan, shadow_review
 from tunewright.synthesis import verbs as synthesis
 from tunewright.training import memory
 
@@ -101,6 +101,7 @@ class ProjectExport(ProjectGroup):
 class ProjectShadow(ProjectGroup):
     """Verbs on an alias's shadows."""
 
+    judge = shadow_judge.judge
     plan = shadow_plan.plan
     review = shadow_review.review
     show = release_verbs.shadow

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tunewright.cli.app import DEPLOY, app, command, given_options, group, refuse_unused
-from tunewright.cli.console import Session
+from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_review import Import, Reviewer, annotate, chosen_action, require_terminal
 from tunewright.cli.evaluate import verdict_text
 from tunewright.cli.preferences import SHADOW_KEYS, pair_screen, progress_text
@@ -17,6 +17,7 @@ from tunewright.serving.options import (
     DeployOptions,
     ReleaseTestOptions,
     ServeOptions,
+    ShadowJudgeOptions,
     ShadowPlanOptions,
     ShadowReviewOptions,
 )
@@ -268,6 +269,25 @@ def shadow_review(
     at = blind.progress
     document = {"reviewer": blind.reviewer, "judged": at.answered, "skipped": at.skipped, "asked": at.asked}
     run.show(document, f"{progress_text(at)}. `tunewright shadow status {alias}` shows what they say.")
+
+
+@command(
+    shadow_app,
+    "judge",
+    example="tunewright shadow judge legal --contract DPA-17 --people 20%",
+    kept=RESUMES,
+    status=False,
+    database=True,
+    options=ShadowJudgeOptions,
+)
+def shadow_judge(run: Session, alias: Alias, options: ShadowJudgeOptions = ShadowJudgeOptions()) -> None:
+    """Have the config's judge answer the differing pairs of an alias's newest shadow; people judge a share of them.
+
+    Experimental. Recorded requests are sent to the judge's endpoint. The first call comes before people's first
+    verdict; later calls answer the pairs that have come since. People's verdicts correct the judge's.
+    """
+    found = run.project.shadow.judge(alias, options)
+    run.show(found, *found.blocks)
 
 
 @command(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field, field_validator, model_validator
 
 from tunewright.config.section import ConfigSection
+from tunewright.core.errors import UserError
 
 _PARAMETERS = {"temperature": 0, "max_tokens": 512}
 _INCUMBENT_PARAMETERS = {"temperature": 0, "max_tokens": 1024}
@@ -106,6 +107,15 @@ class JudgeConfig(EndpointConfig):
     reference_model: ReferenceModelConfig | None = None
     """Another model to compare the tuned answers with: base_url and model, or answers (null: none).
     """
+
+    def require(self) -> None:
+        """Check that a judge is set."""
+        if self.base_url is None or self.model is None:
+            raise UserError(
+                "The config has no judge",
+                where="judge.base_url",
+                fix="Set judge.base_url and judge.model (and judge.api_key_env), such as those of a model you serve.",
+            )
 
     @model_validator(mode="after")
     def _priced_budget(self) -> JudgeConfig:

@@ -258,7 +258,7 @@ class Generator:
 
     def _answer_missing(self, arms: Sequence[ArmPrompts], max_new_tokens: int) -> None:
         """Compute the missing answers of these arms together, and write them to the journals."""
-        claimed: set[tuple[Path, str]] = set()
+        claimed: set[tuple[Path | None, str]] = set()
         with ExitStack() as stack:
             asked: list[ArmRequests] = []
             for arm in arms:

@@ -15,9 +15,9 @@ a boundary u(V), at each end with half of alpha:
 - asymptotic: the one-sided Gaussian mixture of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2024, "Time-uniform
   central limit theory and asymptotic confidence sequences"). Its V is centred at the running mean.
 
-The first `FEWEST_UNITS` - 1 looks use the empirical-Bernstein bounds, the later looks the asymptotic bounds. The first
-boundary is the wider one at every V. So a look that crosses it also crosses the second boundary, and the change of
-boundary costs no second alpha.
+The first `FEWEST_UNITS` - 1 looks use the empirical-Bernstein bounds, the later looks the asymptotic bounds. With a
+judge, they also wait for `FEWEST_LABELS` labels by people. The first boundary is the wider one at every V. So a look
+that crosses it also crosses the second boundary, and the change of boundary costs no second alpha.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from tunewright.evidence.statistics import Floats, Integers
 ALPHA = 0.05
 FEWEST_UNITS = 100
 """The first look with asymptotic bounds."""
+FEWEST_LABELS = 10
+"""Labels by people that asymptotic bounds need where a judge takes part: before, V says little of rare large values."""
 TIGHTEST_AT = 50.0
 """The sum of squares at which the bounds are tightest: about 50 answers of which exactly one arm's is right.
 
@@ -60,24 +62,31 @@ class ConfidenceSequence:
 
 
 def confidence_sequence(
-    values: Floats, *, largest: float = 1.0, alpha: float = ALPHA, tightest_at: float = TIGHTEST_AT
+    values: Floats,
+    *,
+    largest: float = 1.0,
+    labels: Integers | None = None,
+    alpha: float = ALPHA,
+    tightest_at: float = TIGHTEST_AT,
 ) -> ConfidenceSequence:
     """Return the running mean of units' differences with bounds at every unit.
 
     Args:
         values: one difference for each unit, in the order in which the units began; [..., units].
         largest: the bound of a value's size, known before the first look; see `largest_difference`.
+        labels: where a judge takes part, the labels by people up to each unit; [..., units].
         alpha: probability that a bound at any look is wrong, both ends together.
         tightest_at: the sum of squares at which the bounds are tightest.
     """
     looks = np.arange(1, values.shape[-1] + 1)
     sums = np.cumsum(values, axis=-1)
     squares = np.cumsum(np.square(values), axis=-1)
-    few = looks < FEWEST_UNITS
+    few = np.broadcast_to(looks < FEWEST_UNITS, sums.shape)
+    if labels is not None:
+        few = few | (labels < FEWEST_LABELS)
     radius = np.empty_like(sums)
-    radius[..., few] = empirical_bernstein_boundary(squares[..., few], alpha / 2, largest, tightest_at)
-    centred = squares[..., ~few] - np.square(sums[..., ~few]) / looks[~few]
-    radius[..., ~few] = asymptotic_boundary(centred, alpha / 2, tightest_at)
+    radius[few] = empirical_bernstein_boundary(squares[few], alpha / 2, largest, tightest_at)
+    radius[~few] = asymptotic_boundary((squares - np.square(sums) / looks)[~few], alpha / 2, tightest_at)
     # A mean of values within ±largest lies within ±largest.
     low, high = np.maximum((sums - radius) / looks, -largest), np.minimum((sums + radius) / looks, largest)
     return ConfidenceSequence(sums / looks, low, high)

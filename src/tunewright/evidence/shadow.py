@@ -1,10 +1,13 @@
-"""Evidence of a shadow: people's verdicts on the answers that differ, as a sequence that is valid at every look."""
+"""Evidence of a shadow: verdicts on the answers that differ, as a sequence that is valid at every look.
+
+People judge all of them. Or a judge does, and people judge a share that is drawn in advance and corrects the judge.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tunewright.core.text import count_of
 from tunewright.evidence.common import Outcome
@@ -37,6 +40,47 @@ class CompleteUnit:
     """The mean difference of its answers, candidate minus live."""
     requests: int
     differing: int
+    labels: int
+    """Differing answers that people judged."""
+    confirmed: float
+    """The sum of label times judge's answer, over the probability of a label: see `Judging.weight`."""
+    squares: float
+    """The sum of the squares of the judge's answers."""
+
+
+@dataclass(frozen=True)
+class Judging:
+    """The source of differing pairs' values: people or, corrected by people's labels, a judge."""
+
+    share: float = 1.0
+    """The probability with which a pair goes to people."""
+    seed: int = 0
+    """Decides the pairs that go to people."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """The judge's answers by key, from -1 (live) to 1 (candidate)."""
+    takes_part: bool = False
+    """False: no judge takes part, and all pairs go to people."""
+
+    def draws(self, key: str) -> bool:
+        """Return whether a pair goes to people; its key decides, so the draw is the same at every look."""
+        drawn = hashlib.sha256(f"{self.seed}:people:{key}".encode()).digest()
+        return int.from_bytes(drawn[:8]) < self.share * 2**64
+
+    def complete(
+        self, unit: str, requests: int, differing: Sequence[str], labels: Mapping[str, float], weight: float
+    ) -> CompleteUnit:
+        """Return a unit with its value, as `unit_differences` defines it; ``weight`` is that of the judge."""
+        total = confirmed = squares = 0.0
+        drawn = [key for key in differing if self.draws(key)]
+        for key in differing:
+            judged = self.scores.get(key, 0.0)
+            total += weight * judged
+            squares += judged**2
+        for key in drawn:
+            judged = self.scores.get(key, 0.0)
+            total += (labels[key] - weight * judged) / self.share
+            confirmed += labels[key] * judged / self.share
+        return CompleteUnit(unit, total / requests, requests, len(differing), len(drawn), confirmed, squares)
 
 
 @dataclass(frozen=True)
@@ -47,11 +91,18 @@ class Settling:
     incomplete: int
     """Units whose first day has not passed."""
     waiting: list[str]
-    """Keys of the counted pairs without a verdict, in the order in which they hold up the sequence."""
+    """Keys of the pairs that need a person's verdict, in the order in which they hold up the sequence."""
+    unjudged: list[str]
+    """Keys of the pairs that need the judge's, if one takes part."""
 
 
 def settling(
-    units: Mapping[str, Sequence[Asked]], lasting: set[str], scores: Mapping[str, float], now: float
+    units: Mapping[str, Sequence[Asked]],
+    lasting: set[str],
+    scores: Mapping[str, float],
+    now: float,
+    judging: Judging = Judging(),
+    before: tuple[float, float] = (0.0, 0.0),
 ) -> Settling:
     """Return the units that follow in the sequence, in the order in which they became complete.
 
@@ -63,27 +114,70 @@ def settling(
         lasting: units with a single request, which are complete immediately.
         scores: people's mean verdict by key, from -1 (live) to 1 (candidate).
         now: seconds since 1970.
+        judging: the part of a judge.
+        before: the sums `confirmed` and `squares` of the units in the sequence.
     """
+    confirmed, squares = before
     counted = {name: [each for each in asked if each.time - asked[0].time < COUNTED_S] for name, asked in units.items()}
     ends = {name: asked[0].time + (0 if name in lasting else COMPLETE_S) for name, asked in units.items()}
     complete = sorted((name for name in units if ends[name] <= now), key=lambda name: ends[name])
+    later = sorted(units.keys() - set(complete), key=lambda name: ends[name])
     found: list[CompleteUnit] = []
     waiting: list[str] = []
-    for name in complete:
+    unjudged: list[str] = []
+    for name in [*complete, *later]:
         differing = [each.differing for each in counted[name] if each.differing is not None]
-        waiting += [key for key in differing if key not in scores]
-        if not waiting:
-            value = sum(scores[key] for key in differing) / len(counted[name])
-            found.append(CompleteUnit(name, value, len(counted[name]), len(differing)))
-    later = sorted(units.keys() - set(complete), key=lambda name: ends[name])
-    ahead = [each.differing for name in later for each in counted[name] if each.differing is not None]
-    return Settling(found, len(later), [*waiting, *(key for key in ahead if key not in scores)])
+        waiting += [key for key in differing if judging.draws(key) and key not in scores]
+        unjudged += [key for key in differing if judging.takes_part and key not in judging.scores]
+        if not waiting and not unjudged and ends[name] <= now:
+            # The units before decide the weight, so that a unit's value has the right expectation given the past.
+            weight = min(max(confirmed / (1 + squares), 0.0), 1.0)
+            found.append(judging.complete(name, len(counted[name]), differing, scores, weight))
+            confirmed, squares = confirmed + found[-1].confirmed, squares + found[-1].squares
+    return Settling(found, len(later), waiting, unjudged)
 
 
 def mean_scores(verdicts: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
     """Return the mean verdict of each pair over its reviewers, without skips; ``verdicts`` is by key, then reviewer."""
     said = {key: [_SIDES[verdict] for verdict in of.values() if verdict != "skip"] for key, of in verdicts.items()}
     return {key: sum(scores) / len(scores) for key, scores in said.items() if scores}
+
+
+@dataclass(frozen=True)
+class ShadowJudge:
+    """A judge in a shadow's review, and its agreement with people on the pairs that both judged."""
+
+    model: str
+    url: str
+    share: float
+    """The probability with which a differing pair goes to people; the judge answers all."""
+    answers: int
+    """Differing pairs that the judge answered."""
+    unread: int
+    """Number of them without a readable verdict, which count as ties."""
+    both: int
+    """Pairs that people judged as well."""
+    agreed: int
+    low: float
+    high: float
+    """95% interval of the share that agrees; 0 and 1 without such pairs."""
+    kappa: float | None
+    """None: undefined."""
+
+    @property
+    def is_useless(self) -> bool:
+        """True if it agrees with people no more than chance would, on enough pairs."""
+        return self.both >= _FEWEST_COMMON and self.kappa is not None and self.kappa <= 0
+
+    @property
+    def agreement(self) -> str:
+        """The agreement with people in a sentence."""
+        if not self.both:
+            return "No pair has been judged by both yet, so nothing shows if the judge is right."
+        kappa = "" if self.kappa is None else f", kappa {self.kappa:.2f}"
+        share = f"{self.agreed:,} of {self.both:,} pairs: {self.agreed / self.both:.0%}"
+        interval = f"95% interval {100 * self.low:.0f} to {100 * self.high:.0f}"
+        return f"The judge agrees with people on {share} ({interval}{kappa})."
 
 
 @dataclass(frozen=True)
@@ -106,7 +200,7 @@ class ShadowFinding:
     units: int
     requests: int
     labels: int
-    """Differing answers of the counted requests; people judged all of them."""
+    """Differing answers of the counted requests that people judged: all of them, unless a judge takes part."""
     value: float
     """Mean difference of the units, candidate minus live."""
     low: float
@@ -116,12 +210,15 @@ class ShadowFinding:
     """The lowest kappa of two reviewers; None: no two judged the same pairs, or kappa is undefined."""
     sequence: str
     """SHA-256 of the sequence's values."""
+    judge: ShadowJudge | None = None
 
     @property
     def summary(self) -> str:
         """The outcome with its bounds, in a line."""
         ends = f"{_points(self.value)} points, 95% bounds {_points(self.low)} to {_points(self.high)}"
         counts = f"{count_of(self.units, 'unit')}, {count_of(self.labels, 'label')}"
+        if self.judge is not None:
+            counts += f"; judged by {self.judge.model}, people judge {100 * self.judge.share:.4g}% of the pairs"
         return f"{self.outcome} ({ends}; {counts})" if self.units else "no verdict"
 
 
@@ -144,7 +241,11 @@ class ShadowStatus:
     """Units by kind: user, conversation or request."""
     incomplete: int
     waiting: int
-    """Differing answers that still need a verdict."""
+    """Differing answers that still need a person's verdict."""
+    unjudged: int
+    """Differing answers that still need the judge's verdict."""
+    judge: ShadowJudge | None
+    """None: no judge takes part."""
     finding: ShadowFinding | None
     """None: no unit is in the sequence."""
     ended: bool
@@ -171,34 +272,49 @@ def nothing_found(margin: float) -> ShadowFinding:
 
 def finding(
     values: Sequence[float],
-    counts: tuple[int, int],
+    requests: int,
+    labels: Sequence[int],
     margin: float,
     agreements: Sequence[RaterAgreement],
     reviewers: Sequence[str],
+    judge: ShadowJudge | None = None,
 ) -> tuple[ShadowFinding, list[Look]]:
     """Return what a sequence of units' differences shows at its last unit, and each look.
 
     Args:
         values: one difference a unit.
-        counts: the units' requests, and their differing answers.
+        requests: of the units.
+        labels: differing answers that people judged, of each unit.
         margin: see `ConfidenceSequence.outcome`.
         agreements: of pairs of reviewers. If two of them agree no more than chance would, nothing can be said.
         reviewers: everyone who judged a pair.
+        judge: one that takes part. Without people's labels, nothing can be said.
     """
     # Loaded here: the state's releases need only the finding.
     import numpy as np
 
-    from tunewright.evidence.confidence_sequences import confidence_sequence
+    from tunewright.evidence.confidence_sequences import confidence_sequence, largest_difference
 
-    found = confidence_sequence(np.array(values, dtype=np.float64))
+    so_far = np.cumsum(labels)
+    if judge is None:
+        found = confidence_sequence(np.array(values, dtype=np.float64))
+    else:
+        largest = largest_difference(judge.share, judge=True)
+        found = confidence_sequence(np.array(values, dtype=np.float64), largest=largest, labels=so_far)
+    said: list[Outcome] = [
+        "can't tell" if judge is not None and not so_far[place] else found.outcome(place, margin)
+        for place in range(len(values))
+    ]
     enough = [each.kappa for each in agreements if each.items >= _FEWEST_COMMON and each.kappa is not None]
     lowest = min((each.kappa for each in agreements if each.kappa is not None), default=None)
-    outcome: Outcome = "can't tell" if any(kappa <= 0 for kappa in enough) else found.outcome(-1, margin)
-    ends = float(found.means[-1]), float(found.low[-1]), float(found.high[-1])
+    outcome: Outcome = "can't tell" if any(kappa <= 0 for kappa in enough) else said[-1]
+    # A label counts 1 / share times, so that an early estimate or bound can lie outside of all possible differences.
+    means, low, high = (np.clip(each, -1, 1).tolist() for each in (found.means, found.low, found.high))
     digest = hashlib.sha256(np.array(values, dtype="<f8").tobytes()).hexdigest()
-    made = ShadowFinding(outcome, margin, len(values), *counts, *ends, tuple(sorted(reviewers)), lowest, digest)
-    bounds = zip(found.means.tolist(), found.low.tolist(), found.high.tolist(), strict=True)
-    looks = [Look(place + 1, *ends, found.outcome(place, margin)) for place, ends in enumerate(bounds)]
+    counts = len(values), requests, int(so_far[-1])
+    ends = means[-1], low[-1], high[-1]
+    made = ShadowFinding(outcome, margin, *counts, *ends, tuple(sorted(reviewers)), lowest, digest, judge)
+    looks = [Look(place + 1, *at, said[place]) for place, at in enumerate(zip(means, low, high, strict=True))]
     return made, looks
 
 
@@ -223,10 +339,14 @@ def _blocks(status: ShadowStatus) -> list[Block]:
         ends = f"{_points(found.value)} points, 95% bounds {_points(found.low)} to {_points(found.high)}"
         over = f"over {count_of(found.units, 'unit')} with {count_of(found.requests, 'request')}"
         parts = [Lead(f"{_SAID[found.outcome].format(**names)}: {ends}, {over}.")]
+    judged = []
+    if status.judge is not None:
+        judged = [("Judge's answers", f"{status.judge.answers:,}"), ("Waiting for the judge", f"{status.unjudged:,}")]
     rows = [
         ("Recorded requests with both answers", f"{status.pairs:,}"),
         ("Differing answers", f"{status.differing:,}"),
         ("Waiting for a verdict", f"{status.waiting:,}"),
+        *judged,
         ("Units whose first day has not passed", f"{status.incomplete:,}"),
         ("Without an answer in the shadow", f"{status.unanswered:,}"),
         ("Not recorded, so not counted", f"{status.unrecorded:,}"),
@@ -282,10 +402,20 @@ def _notes(status: ShadowStatus) -> list[str]:
     others = [f"{outcome} at {count_of(units, 'unit')}" for outcome, units in status.reached.items()]
     if others:
         notes.append(f"First reached: {', '.join(others)}.")
+    if status.judge is not None:
+        named = (
+            f"{status.judge.model} judges all pairs that differ, and people judge {100 * status.judge.share:.4g}% of "
+        )
+        notes.append(f"{named}them, drawn before anyone judges. People's verdicts correct the judge's.")
+        notes.append(status.judge.agreement)
+        if status.judge.unread:
+            notes.append(f"{count_of(status.judge.unread, 'answer')} of the judge had no verdict and count as ties.")
+        if status.judge.is_useless:
+            notes.append("That is no more than chance: this judge is of no use, and only people's verdicts count.")
     if status.ended:
         notes.append("The sequence has reached its maximum and has ended.")
     if any(each.items >= _FEWEST_COMMON and each.kappa is not None and each.kappa <= 0 for each in status.agreements):
         notes.append("Two reviewers agree no more than chance would: nothing can be said until that is settled.")
     elif status.finding is not None and len(status.finding.reviewers) == 1:
-        notes.append("One person judged all pairs, so nothing shows whether they judge well.")
+        notes.append("Only one person judged, so nothing shows whether they judge well.")
     return notes

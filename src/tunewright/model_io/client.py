@@ -131,10 +131,13 @@ def limits_text(most_completion_tokens: int | None, most_cost: float | None) -> 
 class Endpoint:
     """A model behind an endpoint.
 
-    ``where`` is its section of the config, for messages. Several endpoints may share the budget ``purse``.
+    ``where`` is its section of the config, for messages. Several endpoints may share the budget ``purse``. Replies are
+    kept in ``folder``; None: they are not written.
     """
 
-    def __init__(self, config: EndpointConfig, where: str, folder: Path, purse: Budget, reporter: Reporter) -> None:
+    def __init__(
+        self, config: EndpointConfig, where: str, folder: Path | None, purse: Budget, reporter: Reporter
+    ) -> None:
         self.config = config
         self.where = where
         self.journal = ReplyJournal(folder, config)
@@ -144,8 +147,16 @@ class Endpoint:
         self._key: str | None = None
         self._retried: Counter[str] = Counter()
 
-    def ask(self, title: str, requests: Sequence[Conversation | ChatRequest]) -> list[Reply]:
-        """Return replies in the requests' order; equal requests are asked once."""
+    def ask(
+        self,
+        title: str,
+        requests: Sequence[Conversation | ChatRequest],
+        taken: Callable[[str, Reply], None] = lambda _key, _reply: None,
+    ) -> list[Reply]:
+        """Return replies in the requests' order; equal requests are asked once.
+
+        ``taken`` is called with the journal's key and the reply as soon as each new reply is complete.
+        """
         keys = [self.journal.key(request) for request in requests]
         wanted = dict(zip(keys, map(as_request, requests), strict=True))
         missing = self.journal.missing(wanted)
@@ -157,7 +168,7 @@ class Endpoint:
             with self._reporter.task(title, len(wanted), "replies") as task:
                 if len(missing) < len(wanted):
                     task.advance(len(wanted) - len(missing), kept=True)
-                run_async(self._ask_all(missing, task))
+                run_async(self._ask_all(missing, task, taken))
         return [self.journal.answers[key] for key in keys]
 
     def require_key(self) -> None:
@@ -200,7 +211,9 @@ class Endpoint:
         reply = self.used[key]
         self._purse.pay(cost(self.config, reply.prompt_tokens, reply.completion_tokens) or 0.0)
 
-    async def _ask_all(self, missing: Mapping[str, ChatRequest], task: Task) -> None:
+    async def _ask_all(
+        self, missing: Mapping[str, ChatRequest], task: Task, taken: Callable[[str, Reply], None]
+    ) -> None:
         """Run workers over one list; the first failure stops them all, once the requests in flight have finished."""
         waiting = iter(missing.items())
         failure = _Failure()
@@ -213,6 +226,7 @@ class Endpoint:
                     return
                 try:
                     reply = await self._affordable_reply(client, limiter, request, failure)
+                    taken(key, reply)
                 except UserError as error:
                     failure.report(error)
                     return

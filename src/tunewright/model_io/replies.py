@@ -83,21 +83,21 @@ class Journal(Generic[Kept]):
     A repeated run finds them. A half-written line of a killed run is skipped, and its answer is asked again.
 
     Args:
-        path: the file, which is named after everything else that decides the answers.
+        path: the file, which is named after everything else that decides the answers; None: answers are not written.
         parse: returns the key and the answer of a row; KeyError and TypeError: the row has another form.
         row: returns the row of an answer; None means that it is not written.
     """
 
     def __init__(
         self,
-        path: Path,
+        path: Path | None,
         parse: Callable[[dict[str, Any]], tuple[str, Kept]],
         row: Callable[[str, Kept], dict[str, Any] | None],
     ) -> None:
         self.path = path
         self.answers: dict[str, Kept] = {}
         self._row = row
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        for line in path.read_bytes().split(b"\n") if path and path.exists() else ():
             with suppress(KeyError, TypeError, ValueError):
                 found = json.loads(line)
                 if isinstance(found, dict):
@@ -111,6 +111,9 @@ class Journal(Generic[Kept]):
     @contextmanager
     def keeping(self) -> Iterator[Callable[[str, Kept], None]]:
         """Open the file, and provide a function that keeps an answer."""
+        if self.path is None:
+            yield self.answers.__setitem__
+            return
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
@@ -129,13 +132,14 @@ class Journal(Generic[Kept]):
 class ReplyJournal(Journal[Reply]):
     """Replies of an endpoint by digests of what decides them: endpoint, model, parameters, conversation."""
 
-    def __init__(self, folder: Path, endpoint: EndpointConfig) -> None:
+    def __init__(self, folder: Path | None, endpoint: EndpointConfig) -> None:
         self._asked: dict[str, Any] = {
             "url": endpoint.base_url,
             "model": endpoint.model,
             "parameters": endpoint.parameters,
         }
-        super().__init__(folder / f"{digest(self._asked)[:16]}.jsonl", _parse_reply, _reply_row)
+        path = None if folder is None else folder / f"{digest(self._asked)[:16]}.jsonl"
+        super().__init__(path, _parse_reply, _reply_row)
 
     def key(self, request: Conversation | ChatRequest) -> str:
         """Return the key of a reply to a request."""

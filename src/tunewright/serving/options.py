@@ -123,6 +123,28 @@ class ShadowReviewOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShadowJudgeOptions:
+    """Options of a judge in a shadow's review."""
+
+    contracts: Annotated[
+        tuple[str, ...],
+        Option(
+            "Reference of a contract that permits sending the requests recorded under it to the judge (repeatable).",
+            name="--contract",
+        ),
+    ] = ()
+    people: Annotated[
+        float | None,
+        Option(
+            "Share of the differing pairs that people judge, such as 20%; it cannot change.",
+            default="20%",
+            parse=percent,
+        ),
+    ] = None
+    """Above 0 and below 1; None: the share of the first call, which is 20% by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecordOptions:
     """Terms on which a tenant's requests are recorded."""
 

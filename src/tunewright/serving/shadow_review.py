@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, get_args
+
+import numpy as np
 
 from tunewright.annotation import AnnotationLog, AnnotationSession, Mark, NoteMark, UndoMark, VerdictMark
 from tunewright.core.csv import one_line_end, write_sheet
@@ -17,13 +19,31 @@ from tunewright.evaluation.human_eval.results import agreement
 from tunewright.evaluation.human_eval.sample import treatment_is_a
 from tunewright.evaluation.human_eval.session import BlindPair, Progress, Side
 from tunewright.evidence.human_eval import RaterAgreement
-from tunewright.evidence.shadow import Asked, Look, Settling, ShadowStatus, finding, mean_scores, settling
+from tunewright.evidence.shadow import (
+    Asked,
+    Judging,
+    Look,
+    Settling,
+    ShadowJudge,
+    ShadowStatus,
+    finding,
+    mean_scores,
+    settling,
+)
+from tunewright.evidence.statistics import effective_items, wilson
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import ShadowReviewOptions
 from tunewright.serving.serve import open_state
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.record_keys import KeyFile
-from tunewright.serving.tenants.shadow_reviews import SettledUnit, ShadowCounts, ShadowEvent, ShadowPair, ShadowTrial
+from tunewright.serving.tenants.shadow_reviews import (
+    Judgement,
+    SettledUnit,
+    ShadowCounts,
+    ShadowEvent,
+    ShadowPair,
+    ShadowTrial,
+)
 
 SIDES: tuple[Side, ...] = get_args(Side)
 _SIDE_OF: Mapping[str, Side] = {side.lower(): side for side in SIDES}
@@ -40,7 +60,7 @@ class ShadowVerdict(VerdictMark):
 
 
 @dataclass(frozen=True)
-class _Read:
+class ReviewState:
     """A shadow's review as it is in the state."""
 
     trial: ShadowTrial
@@ -48,6 +68,21 @@ class _Read:
     counts: ShadowCounts
     events: list[ShadowEvent]
     settled: list[SettledUnit]
+    judgements: list[Judgement]
+
+    @property
+    def judged(self) -> dict[str, list[str | None]]:
+        """The judge's verdicts on each pair in both orders, by the response's id; pairs with one reply are left out."""
+        said: dict[str, list[str | None]] = {}
+        for each in self.judgements:
+            said.setdefault(each.response_id, []).append(each.verdict)
+        return {key: both for key, both in said.items() if len(both) == len((False, True))}
+
+    @property
+    def judge_scores(self) -> dict[str, float]:
+        """The judge's answer about each pair; a missing verdict, or one that changes with the order, is a tie."""
+        same = {key: said.count(said[0]) == len(said) for key, said in self.judged.items()}
+        return {key: float(_SCORES[said[0] or "both"]) * same[key] for key, said in self.judged.items()}
 
     @property
     def verdicts(self) -> dict[str, dict[str, str]]:
@@ -69,10 +104,15 @@ class _Read:
             if pair.unit not in settled:
                 units.setdefault(pair.unit, []).append(Asked(pair.started, pair.id if pair.differs else None))
         lasting = {pair.unit for pair in self.pairs if pair.unit_kind == "request"}
-        return settling(units, lasting, mean_scores(self.verdicts), self.counts.time)
+        judging, judge = Judging(), self.trial.judge
+        if judge is not None:
+            judging = Judging(judge.share, project_seed(self.trial), self.judge_scores, takes_part=True)
+        before = sum(unit.confirmed for unit in self.settled), sum(unit.squares for unit in self.settled)
+        return settling(units, lasting, mean_scores(self.verdicts), self.counts.time, judging, before)
 
 
-def _read(project: OpenProject, state: State, alias: str, options: ShadowReviewOptions) -> _Read:
+def read_review(project: OpenProject, state: State, alias: str, options: ShadowReviewOptions) -> ReviewState:
+    """Return the review of an alias's newest shadow; its terms are declared now if they have not been."""
     trial = state.shadow_reviews.trial(alias, project.folder.config.evaluate.margin, options.max_units)
     pairs, counts = state.shadow_reviews.pairs(trial)
     if not pairs:
@@ -80,7 +120,8 @@ def _read(project: OpenProject, state: State, alias: str, options: ShadowReviewO
             f"No request of the shadow of {alias} is recorded, and a review needs the prompts. "
             "`tunewright tenant record NAME --contract REF` records a tenant's requests."
         )
-    return _Read(trial, pairs, counts, state.shadow_reviews.events(trial), state.shadow_reviews.settled(trial))
+    reviews = state.shadow_reviews
+    return ReviewState(trial, pairs, counts, reviews.events(trial), reviews.settled(trial), reviews.judgements(trial))
 
 
 def status(project: OpenProject, alias: str, options: ShadowReviewOptions = ShadowReviewOptions()) -> ShadowStatus:
@@ -97,23 +138,21 @@ def status(project: OpenProject, alias: str, options: ShadowReviewOptions = Shad
         UserError: no such alias, or it never had a shadow.
     """
     with open_state(project) as state:
-        read = _read(project, state, alias, options)
+        read = read_review(project, state, alias, options)
         trial = read.trial
         next_units = read.settling()
         room = max(0, trial.most_units - len(read.settled))
         tenant_of = {pair.unit: pair.tenant_id for pair in read.pairs}
-        new = [
-            SettledUnit(each.value, each.requests, each.differing, tenant_of[each.unit], each.unit)
-            for each in next_units.units[:room]
-        ]
+        new = [SettledUnit(**{**asdict(each), "tenant_id": tenant_of[each.unit]}) for each in next_units.units[:room]]
         state.shadow_reviews.settle(trial, len(read.settled), new)
         units = state.shadow_reviews.settled(trial)
-    agreements = _agreements(read)
+    agreements, judge = _agreements(read), _judge(read)
     found, looks = None, list[Look]()
     if units:
-        counts = sum(unit.requests for unit in units), sum(unit.differing for unit in units)
-        reviewers = {each.reviewer for each in read.events}
-        found, looks = finding([unit.value for unit in units], counts, trial.margin, agreements, sorted(reviewers))
+        values, labels = [unit.value for unit in units], [unit.labels for unit in units]
+        reviewers = sorted({each.reviewer for each in read.events})
+        count = sum(unit.requests for unit in units)
+        found, looks = finding(values, count, labels, trial.margin, agreements, reviewers, judge)
     kinds = {pair.unit: pair.unit_kind for pair in read.pairs}
     ended = len(units) >= trial.most_units
     return ShadowStatus(
@@ -130,6 +169,8 @@ def status(project: OpenProject, alias: str, options: ShadowReviewOptions = Shad
         kinds={kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))},
         incomplete=next_units.incomplete,
         waiting=0 if ended else len(next_units.waiting),
+        unjudged=0 if ended else len(next_units.unjudged),
+        judge=judge,
         finding=found,
         ended=ended,
         agreements=tuple(agreements),
@@ -137,7 +178,7 @@ def status(project: OpenProject, alias: str, options: ShadowReviewOptions = Shad
     )
 
 
-def _agreements(read: _Read) -> list[RaterAgreement]:
+def _agreements(read: ReviewState) -> list[RaterAgreement]:
     """Return the agreement of each two reviewers on the pairs that both judged."""
     said: dict[str, dict[str, int]] = {}
     for key, of in read.verdicts.items():
@@ -151,6 +192,26 @@ def _agreements(read: _Read) -> list[RaterAgreement]:
             ours, theirs = ([said[name][key] for key in both] for name in (a, b))
             found.append(agreement((a, b), ours, theirs, [unit_of[key] for key in both], project_seed(read.trial)))
     return found
+
+
+def _judge(read: ReviewState) -> ShadowJudge | None:
+    """Return the judge that takes part, with its agreement with people on the pairs that both judged."""
+    if read.trial.judge is None:
+        return None
+    judge, scores, people = read.trial.judge, read.judge_scores, mean_scores(read.verdicts)
+    unit_of = {pair.id: pair.unit for pair in read.pairs}
+    both = sorted(people.keys() & scores.keys() & unit_of.keys())
+    agreed, low, high, kappa = 0, 0.0, 1.0, None
+    if both:
+        ours, theirs = [int(np.sign(people[key])) for key in both], [int(scores[key]) for key in both]
+        where = [unit_of[key] for key in both]
+        measured = agreement(("people", judge.model), ours, theirs, where, project_seed(read.trial))
+        agreed, kappa = measured.agreed, measured.kappa
+        interval = wilson(agreed / len(both), effective_items(np.equal(ours, theirs).astype(float), where))
+        low, high = interval.low, interval.high
+    unread = sum(None in said for said in read.judged.values())
+    counts = len(scores), unread, len(both), agreed
+    return ShadowJudge(judge.model, judge.url, judge.share, *counts, low, high, kappa)
 
 
 def project_seed(trial: ShadowTrial) -> int:
@@ -189,14 +250,14 @@ class ShadowReview(AnnotationSession[ShadowVerdict, BlindPair, Side]):
     def __init__(self, project: OpenProject, alias: str, options: ShadowReviewOptions, reviewer: str) -> None:
         self._project, self._alias, self._options = project, alias, options
         with open_state(project) as state:
-            self._trial = _read(project, state, alias, options).trial
+            self._trial = read_review(project, state, alias, options).trial
             self._texts = state.shadow_reviews.texts(self._trial, KeyFile(project.folder.record_key))
         self._seed = project_seed(self._trial)
         super().__init__(reviewer.strip())
 
     def read_log(self) -> AnnotationLog[ShadowVerdict]:
         with open_state(self._project) as state:
-            read = _read(self._project, state, self._alias, self._options)
+            read = read_review(self._project, state, self._alias, self._options)
         self._same = sum(not pair.differs for pair in read.pairs)
         # Requests that came after the pass began have no text here: the next pass shows them.
         waiting = [key for key in read.settling().waiting if key in self._texts]
@@ -255,7 +316,7 @@ class ShadowReview(AnnotationSession[ShadowVerdict, BlindPair, Side]):
         answers = [texts.shadow, texts.live]
         a, b = answers if treatment_is_a(self._seed, key) else reversed(answers)
         number = self._order.index(key) + 1
-        return BlindPair(key, number, _input(texts.request), a, b, None, "", None if said is None else said.verdict)
+        return BlindPair(key, number, input_text(texts.request), a, b, None, "", None if said is None else said.verdict)
 
     @property
     def progress(self) -> Progress:
@@ -298,7 +359,7 @@ class ShadowReview(AnnotationSession[ShadowVerdict, BlindPair, Side]):
         return [self.mark(ShadowVerdict, key, verdict=side)]
 
 
-def _input(request: Mapping[str, Any]) -> str:
+def input_text(request: Mapping[str, Any]) -> str:
     """Return what a reviewer reads of a request: its messages, or its prompt."""
     if "messages" not in request:
         return str(request.get("prompt", ""))

@@ -24,6 +24,7 @@ from tunewright.serving.tenants import State
 from tunewright.serving.tenants.database import StateUnavailableError
 from tunewright.serving.tenants.feedback import FeedbackValues
 from tunewright.serving.tenants.quota import Limits
+from tunewright.serving.tenants.shadow_reviews import SettledUnit, ShadowTrial
 from tunewright.serving.tenants.tables import SCHEMA_VERSION
 from tunewright.serving.tenants.tenants import InvalidKeyError
 
@@ -218,7 +219,7 @@ def test_state_of_another_schema_is_refused(state_url: str, version: int) -> Non
         State(state_url)
 
 
-@pytest.mark.parametrize("version", [6, 7])
+@pytest.mark.parametrize("version", [6, 7, 8])
 def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
     version: int, state_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,9 +228,17 @@ def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
         state.quota.reserve(reservation(caller, release), "g")
         before = state.usage.lines()
     with raw(state_url) as execute:
-        for table in ("shadow_verdicts", "shadow_units", "shadow_reviews", "request_records", "recordings"):
-            execute(f"DROP TABLE {table}")
-        execute("ALTER TABLE releases DROP COLUMN shadow")
+        execute("DROP TABLE shadow_judgements")
+        if version == 8:
+            execute("ALTER TABLE shadow_reviews DROP COLUMN judge")
+            for column in ("labels", "confirmed", "squares"):
+                execute(f"ALTER TABLE shadow_units DROP COLUMN {column}")
+            execute("INSERT INTO shadow_reviews VALUES (1, 0.02, 300)")
+            execute("INSERT INTO shadow_units VALUES (1, 0, 1, NULL, 3, 2, 0.5)")
+        else:
+            for table in ("shadow_verdicts", "shadow_units", "shadow_reviews", "request_records", "recordings"):
+                execute(f"DROP TABLE {table}")
+            execute("ALTER TABLE releases DROP COLUMN shadow")
         if version == 6:
             execute("DROP TABLE feedback")
             execute("DROP INDEX requests_by_response_id")
@@ -237,6 +246,10 @@ def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
         execute("UPDATE tunewright_schema SET version = :version", version=version)
     with State(state_url) as state:
         assert state.usage.lines() == before
+        if version == 8:
+            trial = ShadowTrial(1, "courts", 1, "b", "b", "a", 0.02, 300, None)
+            assert state.shadow_reviews.settled(trial) == [SettledUnit(0.5, 3, 2, 1, None, 2, 0.0, 0.0)]
+            assert state.shadow_reviews.judgements(trial) == []
         named = replace(reservation(caller, release), response_id="chatcmpl-1")
         state.quota.reserve(named, "g")
         up = FeedbackValues("up", None, None, None)

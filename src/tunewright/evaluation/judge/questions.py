@@ -50,6 +50,12 @@ _PAIRWISE = (
     "it. If both are equally good or equally bad, it is a tie."
 )
 
+_WITHOUT_REFERENCE = (
+    "Which answer to TASK is better, ANSWER A or ANSWER B? The better answer is the one that does what TASK asks for "
+    "more correctly. Neither the order of the answers, nor their length, nor their layout speaks for one of them, "
+    "unless TASK asks for it. If both are equally good or equally bad, it is a tie."
+)
+
 _ENDINGS: dict[Kind, str] = {
     "correctness": (
         "Give your reason in one or two sentences. Then end with one line, exactly one of these:\n"
@@ -99,9 +105,10 @@ def correctness(task: str, reference: str, answer: str, criteria: str | None = N
     return JudgeQuestion("correctness", _message("correctness", blocks, criteria))
 
 
-def pairwise(task: str, reference: str, first: str, second: str, criteria: str | None = None) -> JudgeQuestion:
-    """Return the question about the better of two answers, given the reference."""
-    blocks = [("TASK", task), ("REFERENCE", reference), ("ANSWER A", first), ("ANSWER B", second)]
+def pairwise(task: str, reference: str | None, first: str, second: str, criteria: str | None = None) -> JudgeQuestion:
+    """Return the question about the better of two answers, given the reference if there is one."""
+    given = [] if reference is None else [("REFERENCE", reference)]
+    blocks = [("TASK", task), *given, ("ANSWER A", first), ("ANSWER B", second)]
     return JudgeQuestion("pairwise", _message("pairwise", blocks, criteria))
 
 
@@ -109,7 +116,8 @@ def _message(kind: Kind, blocks: Sequence[tuple[str, str]], criteria: str | None
     mark = digest([text for _, text in blocks])[:12]
     assert not any(mark in text for _, text in blocks)
     data = "\n\n".join(f"<<<{name} {mark}>>>\n{text}\n<<<END {mark}>>>" for name, text in blocks)
-    parts = [_OPENING.format(mark=mark), data, _QUESTIONS[kind], criteria, _ENDINGS[kind]]
+    question = _QUESTIONS[kind] if "REFERENCE" in dict(blocks) else _WITHOUT_REFERENCE
+    parts = [_OPENING.format(mark=mark), data, question, criteria, _ENDINGS[kind]]
     return "\n\n".join(part for part in parts if part)
 
 

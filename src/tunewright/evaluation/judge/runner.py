@@ -142,12 +142,7 @@ class Judge:
 
     def __init__(self, project: ProjectFolder, folder: Path, reporter: Reporter) -> None:
         self.settings = project.config.judge
-        if self.settings.base_url is None or self.settings.model is None:
-            raise UserError(
-                "The config has no judge",
-                where="judge.base_url",
-                fix="Set judge.base_url and judge.model (and judge.api_key_env), such as those of a model you serve.",
-            )
+        self.settings.require()
         self.project = project
         self.reporter = reporter
         self.access_log, self.folder = amendable(folder, project.evaluations)
@@ -171,7 +166,7 @@ class Judge:
         prompts = self._test_prompts()
         controls = {q for case in self.cases for q in case.questions}
         questions = set(self._ballot(self._expected_answers(prompts)).questions) - controls
-        estimates = [self.endpoint.estimate(map(_conversation, (*controls, *questions)))]
+        estimates = [self.endpoint.estimate(map(conversation, (*controls, *questions)))]
         if self.other is not None:
             estimates.append(self.other.estimate(prompts))
         return JudgeEstimate(
@@ -222,7 +217,7 @@ class Judge:
 
     def _votes(self, title: str, questions: Sequence[JudgeQuestion]) -> dict[JudgeQuestion, Vote]:
         asked = list(dict.fromkeys(questions))
-        replies = self.endpoint.ask(title, [_conversation(question) for question in asked])
+        replies = self.endpoint.ask(title, [conversation(question) for question in asked])
         return {question: vote(question, reply) for question, reply in zip(asked, replies, strict=True)}
 
     def _test_prompts(self) -> list[Conversation]:
@@ -263,10 +258,10 @@ class Judge:
         arms, preferences = [], []
         for arm in (self.treatment, *ballot.opponents):
             verdicts = [row.correctness[arm] for row in rows]
-            _require_some([v.unscored for v in verdicts], f"the answers of {arm}")
+            require_some([v.unscored for v in verdicts], f"the answers of {arm}")
             arms.append(judged_arm(arm, verdicts, clusters))
         for opponent in ballot.opponents:
-            _require_some([row.pairs[opponent].plain.unscored for row in rows], f"{self.treatment} against {opponent}")
+            require_some([row.pairs[opponent].plain.unscored for row in rows], f"{self.treatment} against {opponent}")
             lengths = {
                 each.item.key: (len(each.answers[self.treatment]), len(each.answers.get(opponent, "")))
                 for each in ballot.candidates
@@ -291,12 +286,14 @@ class Judge:
         return JudgeResult(self.folder, evidence, judgement)
 
 
-def _conversation(question: JudgeQuestion) -> Conversation:
+def conversation(question: JudgeQuestion) -> Conversation:
+    """Return the messages of a question."""
     # All in the user's turn: some templates refuse a system turn.
     return ({"role": "user", "content": question.text},)
 
 
-def _require_some(unscored: Sequence[str | None], what: str) -> None:
+def require_some(unscored: Sequence[str | None], what: str) -> None:
+    """Check that some verdict could be read; ``unscored`` are the reasons for missing ones."""
     if all(unscored):
         reasons = ", ".join(sorted({reason for reason in unscored if reason}))
         raise UserError(

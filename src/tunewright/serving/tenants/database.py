@@ -24,7 +24,14 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, DataError, IntegrityErr
 from tunewright.core.errors import UserError
 from tunewright.core.installation import install_command
 from tunewright.core.io import write_text, writing
-from tunewright.serving.tenants.tables import SCHEMA_VERSION, audit_head, metadata, requests_by_response_id, schema
+from tunewright.serving.tenants.tables import (
+    SCHEMA_VERSION,
+    audit_head,
+    metadata,
+    requests_by_response_id,
+    schema,
+    shadow_units,
+)
 
 BUSY_SECONDS = 10
 """Timeout of a writer that waits for others, each of which locks SQLite for well under a millisecond."""
@@ -222,11 +229,19 @@ class Database:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
                 version = connection.execute(select(schema.c.version)).scalar_one()
-                if version in (6, 7):
+                if version in (6, 7, 8):
+                    if version == 8:
+                        connection.exec_driver_sql("ALTER TABLE shadow_reviews ADD COLUMN judge JSON")
+                        for added in ("labels INTEGER", "confirmed DOUBLE PRECISION", "squares DOUBLE PRECISION"):
+                            connection.exec_driver_sql(
+                                f"ALTER TABLE shadow_units ADD COLUMN {added} DEFAULT 0 NOT NULL"
+                            )
+                        connection.execute(update(shadow_units).values(labels=shadow_units.c.differing))
                     if version == 6:
                         connection.exec_driver_sql("ALTER TABLE requests ADD COLUMN response_id VARCHAR(64)")
                         requests_by_response_id.create(connection)
-                    connection.exec_driver_sql("ALTER TABLE releases ADD COLUMN shadow JSON")
+                    if version < 8:
+                        connection.exec_driver_sql("ALTER TABLE releases ADD COLUMN shadow JSON")
                     metadata.create_all(connection)  # the missing tables
                     connection.execute(update(schema).values(version=SCHEMA_VERSION))
                     log.warning("the serving state was upgraded to schema %d; earlier builds refuse it", SCHEMA_VERSION)

@@ -26,6 +26,7 @@ from tunewright.serving.tenants.tables import (
     request_records,
     requests,
     shadow_answers,
+    shadow_judgements,
     shadow_units,
     shadow_verdicts,
     tenants,
@@ -266,7 +267,8 @@ class Records(Audited):
                 if response_id is None:  # a unit keeps its name while only one of its requests is deleted
                     units = select(request_records.c.unit).where(request_records.c.request_id.in_(some))
                     forgotten.update(change.connection.execute(units).scalars())
-                change.connection.execute(delete(shadow_verdicts).where(shadow_verdicts.c.request_id.in_(some)))
+                for said in (shadow_verdicts, shadow_judgements):
+                    change.connection.execute(delete(said).where(said.c.request_id.in_(some)))
                 for name, table in tables.items():
                     deleted = delete(table).where(table.c.request_id.in_(some))
                     counts[name] += change.connection.execute(deleted).rowcount

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, and_, func, insert, select
+from sqlalchemy import Connection, and_, func, insert, select, update
 
 from tunewright.core.errors import UserError
 from tunewright.data.pii import redact_value
@@ -24,11 +24,24 @@ from tunewright.serving.tenants.tables import (
     request_records,
     requests,
     shadow_answers,
+    shadow_judgements,
     shadow_reviews,
     shadow_units,
     shadow_verdicts,
     tenants,
 )
+
+
+@dataclass(frozen=True)
+class DeclaredJudge:
+    """The judge that takes part in a shadow's review."""
+
+    model: str
+    url: str
+    instructions: str
+    """The digest of what it is asked."""
+    share: float
+    """The probability with which a differing pair goes to people."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,8 @@ class ShadowTrial:
     """The loss, as a share, up to which the candidate is not worse."""
     most_units: int
     """The maximum: a sequence of this length without another outcome ends with *can't tell*."""
+    judge: DeclaredJudge | None
+    """None: people judge all pairs that differ."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,9 @@ class PairTexts:
     request: dict[str, Any]
     live: str
     shadow: str
+    tenant: str
+    contract: str
+    """The reference of the contract under which the tenant's requests are recorded."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,10 @@ class SettledUnit:
     tenant_id: int
     unit: str | None
     """None: it was forgotten."""
+    labels: int
+    confirmed: float
+    squares: float
+    """Of `tunewright.evidence.shadow.CompleteUnit`, as ``labels`` and ``confirmed``."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,17 @@ class ShadowEvent:
     reviewer: str
     verdict: str | None
     time: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's reply about a pair; ``swapped``: the candidate's answer was shown second."""
+
+    response_id: str
+    swapped: bool
+    verdict: str | None
+    """``live`` or ``shadow``, the better answer, or ``both``; None: the reply had no verdict."""
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -133,7 +166,8 @@ class ShadowReviews(Audited):
                     change.log("shadow.declare", alias, release=row.number, **terms)
                     declared = change.connection.execute(own).one()
         head = row.id, alias, row.number, row.candidate, row.candidate_digest, row.adapter
-        return ShadowTrial(*head, declared.margin, declared.most_units)
+        judge = None if declared.judge is None else DeclaredJudge(**declared.judge)
+        return ShadowTrial(*head, declared.margin, declared.most_units, judge)
 
     def pairs(self, trial: ShadowTrial) -> tuple[list[ShadowPair], ShadowCounts]:
         """Return a shadow's recorded pairs, the oldest first, and counts of its other requests."""
@@ -162,7 +196,12 @@ class ShadowReviews(Audited):
             UserError: the key file is not right, or a record was changed.
         """
         query = select(
-            request_records, requests.c.response_id, tenants.c.name, recordings.c.key_id, shadow_answers
+            request_records,
+            requests.c.response_id,
+            tenants.c.name,
+            recordings.c.key_id,
+            recordings.c.contract,
+            shadow_answers,
         ).select_from(request_records)
         query = query.join(requests, requests.c.id == request_records.c.request_id)
         query = query.join(shadow_answers, shadow_answers.c.request_id == requests.c.id)
@@ -175,8 +214,8 @@ class ShadowReviews(Audited):
             for row in change.connection.execute(query).mappings():
                 keys, unit = file.keys(row["name"], row["key_id"]), row["unit"]
                 record = keys.decrypt(row["body"], row["request_id"])
-                answers, _ = redact_value([row["answer"], row["shadow_answer"]], partial(keys.placeholder, unit))
-                found[row["response_id"]] = PairTexts(record["request"], *answers)
+                (live, shadow), _ = redact_value([row["answer"], row["shadow_answer"]], partial(keys.placeholder, unit))
+                found[row["response_id"]] = PairTexts(record["request"], live, shadow, row["name"], row["contract"])
             change.log("shadow.read", trial.alias, release=trial.release, pairs=len(found))
         return found
 
@@ -199,8 +238,56 @@ class ShadowReviews(Audited):
             time = self._database.now(connection)
             for response_id, verdict in said:
                 number = _number(connection, response_id)
+                if number is None:
+                    what = f"{response_id} was deleted meanwhile: its verdict was not stored"
+                    raise UserError(what, fix="Judge the next pair.")
                 own = {"release_id": trial.release_id, "request_id": number, "reviewer": reviewer}
                 connection.execute(insert(shadow_verdicts).values(**own, verdict=verdict, time=time))
+
+    def send(self, trial: ShadowTrial, judge: DeclaredJudge, contracts: Sequence[str], questions: int) -> None:
+        """Log that recorded requests are sent to a judge, which is declared with the first ones.
+
+        Raises:
+            UserError: people have judged pairs without a judge, or another call has declared one.
+        """
+        with self._changing() as change:
+            if trial.judge is None:
+                own = shadow_reviews.c.release_id == trial.release_id
+                said = select(shadow_verdicts.c.id).where(shadow_verdicts.c.release_id == trial.release_id)
+                counted = select(shadow_units.c.place).where(shadow_units.c.release_id == trial.release_id)
+                for begun in (said, counted.where(shadow_units.c.differing > 0)):
+                    if change.connection.execute(begun.limit(1)).first() is not None:
+                        what = f"People have begun to judge all pairs of {trial.alias} {trial.release} without a judge"
+                        raise UserError(
+                            what, fix="A judge must take part from the first verdict on. Continue without it."
+                        )
+                new = update(shadow_reviews).where(own, shadow_reviews.c.judge.is_(None)).values(judge=asdict(judge))
+                if not change.connection.execute(new).rowcount:
+                    raise UserError("Another call has declared a judge meanwhile", fix="Repeat the command.")
+                change.log("shadow.declare", trial.alias, release=trial.release, judge=asdict(judge))
+            to = {"model": judge.model, "url": judge.url}
+            sent = {"contracts": list(contracts), "questions": questions}
+            change.log("shadow.send", trial.alias, release=trial.release, **to, **sent)
+
+    def judgements(self, trial: ShadowTrial) -> list[Judgement]:
+        """Return a judge's replies about the pairs that are still stored."""
+        named = (shadow_judgements.c[name] for name in ("swapped", "verdict", "cost"))
+        query = select(requests.c.response_id, *named).select_from(shadow_judgements)
+        query = query.join(requests, requests.c.id == shadow_judgements.c.request_id)
+        query = query.where(shadow_judgements.c.release_id == trial.release_id, requests.c.response_id.is_not(None))
+        with self._database.reading() as connection:
+            return [Judgement(**row) for row in connection.execute(query).mappings()]
+
+    def judge(self, trial: ShadowTrial, said: Sequence[Judgement]) -> None:
+        """Store a judge's replies; the first one counts, and replies about deleted requests are dropped."""
+        with self._database.writing() as connection:
+            for each in said:
+                key = {"request_id": _number(connection, each.response_id), "swapped": each.swapped}
+                own = and_(*(shadow_judgements.c[name] == value for name, value in key.items()))
+                known = select(shadow_judgements.c.request_id).where(own)
+                if key["request_id"] is not None and connection.execute(known).first() is None:
+                    values = {"release_id": trial.release_id, "verdict": each.verdict, "cost": each.cost}
+                    connection.execute(insert(shadow_judgements).values(**key, **values))
 
     def settled(self, trial: ShadowTrial) -> list[SettledUnit]:
         """Return the units of the sequence in its order."""
@@ -223,11 +310,9 @@ class ShadowReviews(Audited):
                 change.log("shadow.settle", trial.alias, release=trial.release, units=after + len(units))
 
 
-def _number(connection: Connection, response_id: str) -> int:
-    """Return the number of a recorded request, locked against its deletion."""
+def _number(connection: Connection, response_id: str) -> int | None:
+    """Return the number of a recorded request, locked against its deletion; None: it was deleted."""
     query = select(requests.c.id).join(request_records, request_records.c.request_id == requests.c.id)
     query = query.where(requests.c.response_id == response_id).with_for_update(of=requests)
     number: int | None = connection.execute(query).scalar()
-    if number is None:
-        raise UserError(f"{response_id} was deleted meanwhile: its verdict was not stored", fix="Judge the next pair.")
     return number

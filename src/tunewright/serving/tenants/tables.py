@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 8
+SCHEMA_VERSION = 9
 
 NAME = String(63)
 DIGEST = String(64)
@@ -190,6 +190,7 @@ shadow_reviews = Table(
     Column("release_id", ForeignKey("releases.id"), primary_key=True, autoincrement=False),
     Column("margin", Double, nullable=False),
     Column("most_units", Integer, nullable=False),
+    Column("judge", JSON(none_as_null=True)),  # the model that takes part, and the share that people judge
 )
 
 shadow_verdicts = Table(
@@ -204,6 +205,17 @@ shadow_verdicts = Table(
     Index("shadow_verdicts_by_request", "request_id"),
 )
 
+# A judge's replies about a pair in both orders. Their text is not stored: it may repeat what a request says.
+shadow_judgements = Table(
+    "shadow_judgements",
+    metadata,
+    Column("release_id", ForeignKey("releases.id"), primary_key=True),
+    Column("request_id", ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True),
+    Column("swapped", Boolean, primary_key=True),  # true: the candidate's answer was shown second
+    Column("verdict", String(8)),  # live, shadow or both; null: the reply had none
+    Column("cost", Double, nullable=False),  # 0 without prices
+)
+
 # The units of a shadow's sequence. Numbers only: they stay when a unit's requests are deleted.
 shadow_units = Table(
     "shadow_units",
@@ -215,6 +227,10 @@ shadow_units = Table(
     Column("requests", Integer, nullable=False),
     Column("differing", Integer, nullable=False),
     Column("value", Double, nullable=False),  # mean difference, candidate minus live
+    Column("labels", Integer, nullable=False),  # differing answers that people judged
+    # Sums from which the weight of the judge follows for later units.
+    Column("confirmed", Double, nullable=False),
+    Column("squares", Double, nullable=False),
 )
 
 feedback = Table(

@@ -1,0 +1,140 @@
+"""A judge in a shadow's review: it answers the differing pairs, and people's verdicts on some of them correct it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tunewright.config import JudgeConfig
+from tunewright.core.errors import UserError
+from tunewright.core.io import digest
+from tunewright.core.text import count_of
+from tunewright.evaluation.judge.questions import JudgeQuestion, pairwise, vote
+from tunewright.evaluation.judge.runner import conversation, require_some
+from tunewright.evidence.shadow import ShadowStatus
+from tunewright.model_io.client import Endpoint
+from tunewright.model_io.replies import Budget, Reply, cost
+from tunewright.open_project import OpenProject
+from tunewright.serving.options import ShadowJudgeOptions, ShadowReviewOptions
+from tunewright.serving.serve import open_state
+from tunewright.serving.shadow_review import input_text, read_review, status
+from tunewright.serving.tenants.record_keys import KeyFile
+from tunewright.serving.tenants.shadow_reviews import DeclaredJudge, Judgement, PairTexts, ShadowTrial
+
+_PEOPLE = 0.2
+_VERDICTS = {"A": ("shadow", "live"), "B": ("live", "shadow"), "tie": ("both", "both")}
+"""The better answer by the judge's verdict, in both orders."""
+
+
+def judge(project: OpenProject, alias: str, options: ShadowJudgeOptions = ShadowJudgeOptions()) -> ShadowStatus:
+    """Have the config's judge answer the differing pairs of an alias's newest shadow, blind and in both orders.
+
+    People judge a share of the pairs, drawn in advance. Replies are stored as verdicts, without their text, so that a
+    stopped call resumes and nothing outlives the deletion of a request.
+
+    Args:
+        alias: its name.
+        options: the contracts that permit sending recorded requests, and the share that people judge.
+
+    Raises:
+        UserError: no judge in the config, no contract that permits it, changed terms, or the endpoint fails.
+    """
+    settings = project.folder.config.judge
+    settings.require()
+    with open_state(project) as state:
+        reviews = state.shadow_reviews
+        read = read_review(project, state, alias, ShadowReviewOptions())
+        declared = _declared(read.trial, settings, options.people)
+        wanted = replace(read, trial=replace(read.trial, judge=declared)).settling().unjudged
+        if not wanted or len(read.settled) >= read.trial.most_units:
+            project.reporter.say(f"No pair of {alias} waits for the judge.")
+            return status(project, alias)
+        known = {(each.response_id, each.swapped) for each in read.judgements}
+        texts = reviews.texts(read.trial, KeyFile(project.folder.record_key))
+        asked = {
+            (key, swapped): _question(texts[key], swapped, settings.criteria)
+            for key in wanted
+            for swapped in (False, True)
+            if key in texts and (key, swapped) not in known
+        }
+        sent = {texts[key].tenant: texts[key].contract for key, _ in asked}
+        _require_permission(sent, options.contracts, len(asked), declared)
+        purse = Budget(settings.budget, "judge.budget")
+        purse.pay(sum(each.cost for each in read.judgements))
+        endpoint = Endpoint(settings, "judge", None, purse, project.reporter)
+        endpoint.require_key()
+        reviews.send(read.trial, declared, sorted(set(sent.values())), len(asked))
+        project.reporter.say(
+            f"Recorded requests of {', '.join(sorted(sent))} are sent to {declared.model} at {declared.url}"
+        )
+        places: dict[str, list[tuple[str, bool]]] = {}
+        for place, question in asked.items():
+            places.setdefault(endpoint.journal.key(conversation(question)), []).append(place)
+        unread: list[Judgement] = []
+        reasons: list[str | None] = [None] * sum(each.verdict is not None for each in read.judgements)
+
+        def take(key: str, reply: Reply) -> None:
+            said = vote(asked[places[key][0]], reply)
+            reasons.append(said.unscored)
+            price = cost(settings, reply.prompt_tokens, reply.completion_tokens) or 0.0
+            better = None if said.verdict is None else _VERDICTS[said.verdict]
+            made = [
+                Judgement(response_id, swapped, better and better[swapped], 0.0 if number else price)
+                for number, (response_id, swapped) in enumerate(places[key])
+            ]
+            if better is None:
+                unread.extend(made)  # if no reply can be read, none is stored
+            else:
+                reviews.judge(read.trial, made)
+
+        endpoint.ask("Judging", list(map(conversation, asked.values())), take)
+        require_some(reasons, f"the answers in the shadow of {alias}")
+        reviews.judge(read.trial, unread)
+    if unread:
+        why = ", ".join(sorted({reason for reason in reasons if reason}))
+        project.reporter.warn(
+            f"{count_of(len(unread), 'answer')} of {declared.model} had no verdict ({why}): these "
+            "pairs count as ties, which people's verdicts correct."
+        )
+    return status(project, alias)
+
+
+def _declared(trial: ShadowTrial, settings: JudgeConfig, people: float | None) -> DeclaredJudge:
+    """Return the judge with its terms, which are those of the first call."""
+    model, url = str(settings.model), str(settings.base_url)
+    if model in (trial.alias, trial.candidate, trial.live):
+        what = f"The judge {model} is one of the adapters that it would compare"
+        raise UserError(what, where="judge.model", fix="Take another model.")
+    before = trial.judge
+    share = _PEOPLE if before is None else before.share
+    asked = digest([pairwise("", None, "", "", settings.criteria).text])
+    now = DeclaredJudge(model, url, asked, share if people is None else people)
+    if before is not None and before != now:
+        named = {"model": "judge.model", "url": "judge.base_url", "instructions": "judge.criteria", "share": "--people"}
+        changed = next(name for name in named if getattr(before, name) != getattr(now, name))
+        was = "other instructions" if changed == "instructions" else f"{getattr(before, changed)}"
+        was = f"{100 * before.share:.4g}%" if changed == "share" else was
+        what = f"The judge of {trial.alias} {trial.release} began with {was}, which cannot change during a shadow"
+        raise UserError(what, where=named[changed], fix="Restore it, or start another shadow.")
+    return now
+
+
+def _require_permission(
+    sent: dict[str, str], contracts: Sequence[str], questions: int, declared: DeclaredJudge
+) -> None:
+    """Check that each tenant's contract was named: recorded requests leave the project only by this choice."""
+    missing = {tenant: contract for tenant, contract in sent.items() if contract not in contracts}
+    if missing:
+        named = ", ".join(f"{tenant} (recorded under {contract})" for tenant, contract in sorted(missing.items()))
+        flags = " ".join(f"--contract {contract!r}" for contract in sorted(set(sent.values())))
+        raise UserError(
+            f"{count_of(questions, 'question')} with recorded requests of {named} would be sent to {declared.model} at "
+            f"{declared.url}",
+            where="--contract",
+            fix=f"If the contract permits it, add {flags}.",
+        )
+
+
+def _question(texts: PairTexts, swapped: bool, criteria: str | None) -> JudgeQuestion:
+    first, second = (texts.live, texts.shadow) if swapped else (texts.shadow, texts.live)
+    return pairwise(input_text(texts.request), None, first, second, criteria)
