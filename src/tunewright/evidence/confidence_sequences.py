@@ -15,9 +15,9 @@ a boundary u(V), at each end with half of alpha:
 - asymptotic: the one-sided Gaussian mixture of Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas (2024, "Time-uniform
   central limit theory and asymptotic confidence sequences"). Its V is centred at the running mean.
 
-The first `FEWEST_UNITS` - 1 looks use the empirical-Bernstein bounds, the later looks the asymptotic bounds. With a
-judge, they also wait for `FEWEST_LABELS` labels by people. The first boundary is the wider one at every V. So a look
-that crosses it also crosses the second boundary, and the change of boundary costs no second alpha.
+The first looks use the empirical-Bernstein bounds, those from `FEWEST_UNITS` units and `FEWEST_LABELS` labels on the
+asymptotic bounds. The first boundary is the wider one at every V. So a look that crosses it also crosses the second
+boundary, and the change of boundary costs no second alpha.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ALPHA = 0.05
 FEWEST_UNITS = 100
 """The first look with asymptotic bounds."""
 FEWEST_LABELS = 10
-"""Labels by people that asymptotic bounds need where a judge takes part: before, V says little of rare large values."""
+"""Labels by people that asymptotic bounds need: before, V says little of rare large values."""
 TIGHTEST_AT = 50.0
 """The sum of squares at which the bounds are tightest: about 50 answers of which exactly one arm's is right.
 
@@ -74,16 +74,15 @@ def confidence_sequence(
     Args:
         values: one difference for each unit, in the order in which the units began; [..., units].
         largest: the bound of a value's size, known before the first look; see `largest_difference`.
-        labels: where a judge takes part, the labels by people up to each unit; [..., units].
+        labels: the labels by people up to each unit; [..., units]. None: one for each difference that is not 0.
         alpha: probability that a bound at any look is wrong, both ends together.
         tightest_at: the sum of squares at which the bounds are tightest.
     """
     looks = np.arange(1, values.shape[-1] + 1)
     sums = np.cumsum(values, axis=-1)
     squares = np.cumsum(np.square(values), axis=-1)
-    few = np.broadcast_to(looks < FEWEST_UNITS, sums.shape)
-    if labels is not None:
-        few = few | (labels < FEWEST_LABELS)
+    labels = np.cumsum(values != 0, axis=-1) if labels is None else labels
+    few = (looks < FEWEST_UNITS) | (labels < FEWEST_LABELS)
     radius = np.empty_like(sums)
     radius[few] = empirical_bernstein_boundary(squares[few], alpha / 2, largest, tightest_at)
     radius[~few] = asymptotic_boundary((squares - np.square(sums) / looks)[~few], alpha / 2, tightest_at)

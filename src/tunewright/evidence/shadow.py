@@ -296,11 +296,8 @@ def finding(
     from tunewright.evidence.confidence_sequences import confidence_sequence, largest_difference
 
     so_far = np.cumsum(labels)
-    if judge is None:
-        found = confidence_sequence(np.array(values, dtype=np.float64))
-    else:
-        largest = largest_difference(judge.share, judge=True)
-        found = confidence_sequence(np.array(values, dtype=np.float64), largest=largest, labels=so_far)
+    largest = 1.0 if judge is None else largest_difference(judge.share, judge=True)
+    found = confidence_sequence(np.array(values, dtype=np.float64), largest=largest, labels=so_far)
     said: list[Outcome] = [
         "can't tell" if judge is not None and not so_far[place] else found.outcome(place, margin)
         for place in range(len(values))
