@@ -169,7 +169,8 @@ def test_edits_become_a_version(browser: Browser, project: Path) -> None:
     assert "2 judgements of the random sample carry over to the new version" in browser.get("/review/edits")
     made = browser.send("/review/apply", "/review", message="from the studio")
     now = library.open(project).data.version()
-    assert now.digest != before and f"New version {now.digest[:12]}" in unescape(made.text)
+    assert now.manifest.numbers is not None and now.digest != before
+    assert f"Made version {now.manifest.numbers.version}: " in unescape(made.text)
     assert "another answer" in {member.example.output for member in now.members}
     assert f"At least {needed} rows of the sample need a look" in made.text
     assert "2 judgements of the sample carry over" in made.text and "1 row edited after that still counts" in made.text

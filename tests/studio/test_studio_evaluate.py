@@ -103,4 +103,6 @@ def test_finished_training_leads_to_its_curves_and_to_the_evaluation(project: Pa
     (job / "exit_code").write_text("0")
     with restarted(project) as browser:
         assert f'href="/train/runs/{name}">The run' in browser.get(f"/jobs/{job.name}")
-        assert f'href="/evaluate?adapter={name}">Evaluate the adapter' in browser.get(f"/train/runs/{name}")
+        page = browser.get(f"/train/runs/{name}")
+    assert f'href="/evaluate?adapter={name}">Evaluate the adapter' in page
+    assert "Hardly trained: " in page and 'href="/settings#train.epochs"' in page

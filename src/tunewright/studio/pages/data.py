@@ -16,7 +16,7 @@ from tunewright.config import EvaluateConfig
 from tunewright.config.io import write_section
 from tunewright.config.project import CONFIG_FILE
 from tunewright.core.errors import UserError
-from tunewright.core.text import count_of
+from tunewright.core.text import capitalised, count_of
 from tunewright.data.dedup.leakage import similarity_blocks
 from tunewright.data.options import AddOptions, ColumnMapping
 from tunewright.data.review.label_models import excerpt
@@ -234,7 +234,7 @@ def add_file(visit: Visit) -> Response:
         raise UserError(what, where="version", fix="Add the file again if the effect is right.")
     added = visit.project.data.add([file], _add_options(visit.form), message=visit.form.get("message", ""))
     state, version = "is new" if added.created else "has all of these rows already", added.version
-    return visit.go("/data", f"V{version_name(version)[1:]} {state}: {count_of(version.counts.rows, 'row')}.")
+    return visit.go("/data", f"{capitalised(version_name(version))} {state}: {count_of(version.counts.rows, 'row')}.")
 
 
 def _why_kept(visit: Visit, name: str) -> str:

@@ -28,6 +28,7 @@ from tunewright.render.blocks import table, words
 from tunewright.studio import computed
 from tunewright.studio.access import ChangedText, RefusedVerdict
 from tunewright.studio.visit import Handlers, Visit, in_form, path_of, stamps, verdict_of
+from tunewright.studio.words import version_name
 
 _ON_A_PAGE = 100  # edits or conflicts
 _ROW_S = 8  # seconds for a verdict on a short row
@@ -385,7 +386,7 @@ def apply_edits(visit: Visit) -> Response:
     """Make a new version with the edited answers."""
     made = visit.project.data.apply_reviews(message=visit.form.get("message", ""))
     review = review_report(visit.project.folder.dataset, visit.version)
-    return visit.go("/review", f"New version {made.version.digest[:12]}: {made.version.message}", _looks(review))
+    return visit.go("/review", f"Made {version_name(made.version)}: {made.version.message}", _looks(review))
 
 
 def _looks(review: ReviewReport) -> str:

@@ -18,6 +18,7 @@ from tunewright.core.progress import downsample, duration
 from tunewright.data.examples import Example
 from tunewright.data.versions import current_manifest
 from tunewright.evaluation.training_runs import TrainingRun
+from tunewright.evidence.causes import undertrained
 from tunewright.evidence.learning_curve import curve_section
 from tunewright.metrics import axis_label, metric_label, score_text
 from tunewright.render.blocks import SERIES, Cell, Line, Lines, Table, Tone, table, words
@@ -110,6 +111,7 @@ def run_page(visit: Visit) -> Response:
     folder = visit.project.folder
     current, history = current_manifest(folder.dataset), run.history
     steps = [row for row in history if "loss" in row]
+    short = None if run.adapter is None else undertrained(run.adapter.lineage, history)
     return visit.page(
         "run.html.j2",
         visit.run_name(run.name),
@@ -121,6 +123,7 @@ def run_page(visit: Visit) -> Response:
         and run.adapter.dataset is not None
         and run.adapter.dataset == (None if current is None else current.digest),
         best=_best(run) if history else "",
+        short=short,
         charts=_run_charts(history, run.metric),
         evaluations=_evaluations_table(run),
         steps=_steps_table(steps[: -_LAST_STEPS - 1 : -1]),
