@@ -128,7 +128,7 @@ def asked(page: Page) -> str:
     page.goto("/playground")
     page.click("text=Load the base")
     page.fill("#question", "navy teal ochre 17")
-    page.click("text=Ask")
+    page.get_by_role("button", name="Ask").click()
     wait_for(page.get_by_text("Add to the dataset").nth(2)).to_be_visible()
     return path_of(page)
 
