@@ -189,6 +189,8 @@ def test_judge_is_refused_when_it_is_missing_compared_or_late(traffic: Traffic) 
         ran = tunewright("shadow", "judge", ALIAS, "--contract", "DPA-17", "-p", root)
         assert ran.code == 2 and "NO_SUCH_KEY" in ran.stderr
         judged_by(traffic, server)
+        with pytest.raises(UserError, match="cannot judge a share of 0"):
+            traffic.project.shadow.judge(ALIAS, ShadowJudgeOptions(contracts=("DPA-17",), people=0.0))
         traffic.judge("ann")
         ran = tunewright("shadow", "judge", ALIAS, "--contract", "DPA-17", "-p", root)
         assert ran.code == 2 and "without a judge" in ran.stderr

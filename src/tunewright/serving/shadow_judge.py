@@ -107,6 +107,8 @@ def _declared(trial: ShadowTrial, settings: JudgeConfig, people: float | None) -
         raise UserError(what, where="judge.model", fix="Take another model.")
     before = trial.judge
     share = _PEOPLE if before is None else before.share
+    if people is not None and not 0 < people < 1:
+        raise UserError(f"People cannot judge a share of {people:g}", where="--people", fix="Choose 20%, say.")
     asked = digest([pairwise("", None, "", "", settings.criteria).text])
     now = DeclaredJudge(model, url, asked, share if people is None else people)
     if before is not None and before != now:
