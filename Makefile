@@ -130,9 +130,10 @@ engines: $(VENV)/.installed
 engines-cuda: $(VENV)/.installed
 	$(BIN)/python tests/check_engines.py build/engines-cuda
 
-# Datasets on a Ray cluster of several raylets on this machine, and what happens when one of them is killed.
+# Datasets on a Ray cluster of several raylets on this machine, and what happens when one of them is killed. With
+# --capture=sys the error with which Ray aborts a process is printed, instead of lost with pytest's captured file.
 test-ray: build/ray/.installed
-	build/ray/bin/python -m pytest -m "ray and not vllm$(if $(filter no,$(RELEASE)), and not release)" tests/compute $(ARGS)
+	build/ray/bin/python -m pytest --capture=sys -m "ray and not vllm$(if $(filter no,$(RELEASE)), and not release)" tests/compute $(ARGS)
 
 # An environment of its own, so that all other tests run without Ray. It sees the packages of .venv.
 build/ray/.installed: $(VENV)/.installed pyproject.toml

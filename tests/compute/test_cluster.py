@@ -237,6 +237,12 @@ def test_connection_that_a_part_loses_is_not_that_of_the_cluster(two_workers: Wo
         list(two_workers.map(unreachable, "a tracker", [1], LogTask(), needs=ONE_CPU))
 
 
+def test_failed_part_is_not_cancelled_as_it_completes(two_workers: Workers) -> None:
+    for _ in range(200):  # Ray aborts this process if a cancellation meets a task's end: it took fewer than 100
+        with pytest.raises(ConnectionError, match="a tracker"):
+            list(two_workers.map(unreachable, "a tracker", [1, 2], LogTask(), needs=ONE_CPU))
+
+
 def test_fewer_workers_than_cpus_compute_no_more_at_once(machines: Machines) -> None:
     machines.have(ONE, ONE)
     with _workers(workers=1) as workers:

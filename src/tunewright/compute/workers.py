@@ -48,6 +48,7 @@ from tunewright.core.workers import (
 
 _LOOK_S = 3.0  # between two looks at the head and the machines while a part is computed
 _REPLACED_S = 600.0  # time to replace a lost machine, if no other machine can do its work
+_GRACE_S = 1.0  # time for brief parts to end by themselves, when the command stops
 _STOP_S = 15.0  # time for stopped parts to end: a training saves its last step
 _BRIEF_S = 0.25  # parts that take less time are sent several to a task: each task adds some 15 ms
 _RELEASE_S = 30.0  # time for a process to free its resources: vLLM ends within 25 s
@@ -114,11 +115,11 @@ class _Tasks:
                 if isinstance(first, list):
                     yield from waiting.popleft()
                 elif not _unfinished([first]):
-                    results, steps, seconds = _result_of_task(first)
                     waiting.popleft()
-                    if batch > 1 and sent[first] == size and seconds < _BRIEF_S:
+                    count = sent.pop(first)
+                    results, steps, seconds = _result_of_task(first)
+                    if batch > 1 and count == size and seconds < _BRIEF_S:
                         size *= 2
-                    del sent[first]
                     task.advance(steps)
                     yield from results
                 elif needs is None and self._may_compute(waiting, size) and (some := list(islice(source, batch))):
@@ -131,9 +132,11 @@ class _Tasks:
             raise _disconnected(error) from None
         finally:
             if sent and ray.is_initialized() and has_head():
-                # Wait for parts in progress: afterwards their files are free for the next command.
-                for reference in sent:
+                # Ray aborts this process if a task completes while it is cancelled: let brief parts complete first.
+                _, running = ray.wait(list(sent), num_returns=len(sent), timeout=_GRACE_S, fetch_local=False)
+                for reference in running:
                     ray.cancel(reference)
+                # Wait for parts in progress: afterwards their files are free for the next command.
                 ray.wait(list(sent), num_returns=len(sent), timeout=_STOP_S)
 
     def _may_send(self, sent: Mapping[Any, int]) -> bool:
