@@ -22,6 +22,7 @@ from making.command_line import store_evidence, trained_project, tunewright
 from making.evidence import make_evidence, make_items, with_contrast
 from making.studio_client import PASSWORD, Browser, wait_until
 from tunewright.adapters.registry import Adapter, list_adapters
+from tunewright.core.text import visible
 from tunewright.serving.gateway.server import serving
 from tunewright.serving.tenants import State
 from tunewright.serving.tenants.quota import RequestUsage
@@ -447,6 +448,69 @@ def test_server_runs_next_to_another_job_and_shows_how_to_ask_it(browser: Visito
     browser.sent("/deploy", f"/jobs/{server.id}/stop")
     wait_until(lambda: server.state != "running")
     assert "Start the server" in browser.get("/deploy")
+
+
+@pytest.mark.slow
+def test_live_alias_answers_in_the_playground_and_its_thumb_is_the_tenants_feedback(
+    browser: Visitor, project: Path
+) -> None:
+    good = _good(project)
+    with _state(project) as state:
+        state.releases.deploy("courts", good.name, good.digest, GROUNDS)
+        state.tenants.add("acme", ["courts"])
+        key = state.keys.create("acme").secret
+    assert "courts" not in browser.get("/playground"), "no server answers for it"
+    sent = browser.fill("/deploy", "/server", port="0")
+    server = _jobs(project).find(sent.url.path.rpartition("/")[2])
+    wait_until(lambda: server.state != "running" or "Ctrl-C stops the server" in server.log.read_text())
+    question = {"question": "amber violet 2", "limit": "4", "temperature": "0", "model alias courts": "on"}
+    refused = browser.fill("/playground", "/playground", **question)
+    assert refused.status_code == 400 and 'id="wrong-api_key"' in refused.text and "amber violet 2" in refused.text
+    wrong = browser.fill("/playground", "/playground", **question, api_key="tw_wrong")
+    assert "Invalid API key" in browser.get(f"{wrong.url.path}/answers")
+
+    asked = browser.fill("/playground", "/playground", **question, api_key=key)
+    page = browser.get(f"{asked.url.path}/answers")
+    with _state(project) as state:
+        (request,) = state.usage.lines()
+        assert (request.tenant, request.alias, request.end_user) == ("acme", "courts", "studio")
+    (address,) = set(re.findall(r'value="(http://127\.0\.0\.1:\d+/v1)"', browser.get(f"/jobs/{server.id}")))
+    body = {"model": "courts", "messages": [{"role": "user", "content": "amber violet 2"}], "max_tokens": 4}
+    same = httpx.post(
+        f"{address}/chat/completions", json=body | {"temperature": 0}, headers={"Authorization": f"Bearer {key}"}
+    ).json()
+    shown = re.search(r'aria-label="Answer"[^>]*>\n(.*?)</pre>', page, re.DOTALL)
+    assert shown is not None and shown[1] == visible(same["choices"][0]["message"]["content"])
+    used = same["usage"]
+    assert used["completion_tokens"] == 1, "the adapter stops after a letter"
+    assert f"{used['prompt_tokens']} prompt tokens, 1 answer token." in page
+    assert good.digest[:12] in page
+
+    action = f"{asked.url.path}/feedback"
+    opinion = {"thumb": "down", "correction": "violet", "reason": "Mail me at ann.lee@courts-ohio.us"}
+    said = browser.sent(asked.url.path, action, **opinion)
+    assert "Recorded thumb down on the answer of courts" in said and ">\nviolet</textarea>" in said
+    assert "Recorded thumb up" in browser.sent(asked.url.path, action, thumb="up", correction="", reason="")
+    browser.sent(asked.url.path, action, **opinion)
+    with _state(project) as state:
+        (line,) = state.feedback.lines("acme")
+    assert (line.thumb, line.correction, line.reason) == ("down", "violet", "Mail me at <EMAIL_1>")
+    assert "Recorded: thumb down" in browser.get(asked.url.path)
+    # The next turn needs no key, and the dataset takes the answer as any other.
+    after = {"question": "and then", "after": asked.url.path.rpartition("/")[2], "limit": "4", "temperature": "0"}
+    second = browser.fill(asked.url.path, "/playground", **after)
+    assert "1 answer token." in browser.get(f"{second.url.path}/answers")
+    assert "amber violet 2" in browser.get(f"{asked.url.path}/row?model=alias+courts")
+    assert key not in browser.seen and key not in server.log.read_text()
+
+    with _state(project) as state:
+        state.records.forget("acme", KeyFile(project / "key"), response_id=line.response_id)
+    gone = browser.fill(asked.url.path, action, **opinion | {"reason": "typed again"})
+    assert gone.status_code == 400 and "does not exist" in gone.text and 'value="typed again"' in gone.text
+    browser.sent("/deploy", f"/jobs/{server.id}/stop")
+    wait_until(lambda: server.state != "running")
+    assert "The server does not answer" in browser.fill(asked.url.path, action, **opinion).text
+    assert "The live alias" not in browser.get("/playground")
 
 
 @pytest.mark.slow

@@ -266,7 +266,7 @@ def test_answers_appear_in_a_browser_by_keys_alone(player: Player) -> None:
             page.keyboard.press("Control+Enter")
         wait_for(page.locator("#answer-0")).not_to_be_empty()
         # The best prompting arm is refused if an earlier test has added a row.
-        wait_for(page.get_by_role("region", name=adapter.name).get_by_text("answer tokens")).to_be_visible()
+        wait_for(page.get_by_role("region", name=adapter.name).get_by_text("answer token")).to_be_visible()
         assert adapter.digest[:12] in page.inner_text("body")
         page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
         assert faults(page) == []

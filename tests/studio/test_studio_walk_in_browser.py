@@ -149,8 +149,10 @@ def test_walk_from_an_empty_folder_to_a_release_that_is_taken_back(tmp_path: Pat
         first = train_and_evaluate(ada)
         compare_blind(ada)
         release(ada, first, "It answers every request")
-        ask = start_server(ada, add_tenant(ada))
+        key = add_tenant(ada)
+        ask = start_server(ada, key)
         assert ask() == "snow"
+        try_in_playground(ada, key)
         change(ada, {"Epochs": "4"})
         second = train_and_evaluate(ada)
         assert second != first
@@ -286,6 +288,17 @@ def start_server(walk: Walk, key: str) -> Callable[[], str]:
         return str(answer.json()["choices"][0]["message"]["content"])
 
     return ask
+
+
+def try_in_playground(walk: Walk, key: str) -> None:
+    """Ask the live alias in the playground, and like its answer."""
+    walk.open("Playground")
+    walk.page.get_by_label("Input").fill("4711 red plum snow")
+    walk.page.get_by_label("API key of a tenant").fill(key)
+    walk.press("Ask Ctrl Enter")
+    wait_for(walk.page.get_by_label("Answer", exact=True)).to_have_text("snow")
+    walk.press("Thumb up")
+    assert "Recorded thumb up on the answer of colours" in walk.said()
 
 
 def promote_and_roll_back(walk: Walk, first: str, second: str) -> None:

@@ -19,6 +19,8 @@ Earlier = Sequence[tuple[str, str]]
 """Earlier questions of a conversation with their answers."""
 PROMPTING = "prompting"
 """The best prompting arm on dev."""
+ALIAS = "alias "
+"""What the name of a live alias follows. No adapter's name has a space."""
 
 _UNCERTAIN = math.log(0.5)
 
@@ -52,6 +54,8 @@ class PlaygroundAnswer:
     """The arm or adapter that answered."""
     digest: str | None
     """The adapter's."""
+    response_id: str | None = None
+    """The id of the response of a server that answered; None from the playground's own base."""
 
 
 def conversation(question: str, system: str | None, earlier: Earlier = ()) -> tuple[Message, ...]:

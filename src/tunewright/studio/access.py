@@ -85,6 +85,8 @@ class StudioSession:
     """Shown on the next page, once."""
     refused_name: tuple[str, str] | None = None
     """A reviewer's name that was refused, and the reason; shown on the next page, once."""
+    tenant_key: str = field(default="", repr=False)
+    """The tenant's API key that the playground asks live aliases with; in memory only."""
 
     def take_messages(self) -> list[Notice]:
         """Return the messages and forget them."""

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock, Thread
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunewright.api import Project
 from tunewright.config import Config
@@ -19,10 +19,11 @@ from tunewright.core.errors import UserError
 from tunewright.core.progress import LogReporter
 from tunewright.core.text import visible
 from tunewright.data.versions import DatasetVersion
+from tunewright.serving.playground_answers import ALIAS, PlaygroundAnswer
 
 if TYPE_CHECKING:
     from tunewright.serving.playground import Playground
-    from tunewright.serving.playground_answers import PlaygroundAnswer
+    from tunewright.studio.live_answers import TenantServer
 
 _MOST = 50  # questions in memory
 
@@ -38,8 +39,12 @@ class AskedQuestion:
     temperature: float = 0.0
     before: AskedQuestion | None = None
     """The turn before this one."""
+    server: TenantServer | None = None
+    """The server that answers for live aliases; None if none is asked."""
     answers: dict[str, PlaygroundAnswer | UserError] = field(default_factory=dict)
     """Answers by model, without answers whose browser has left."""
+    feedback: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The recorded feedback on answers of live aliases, by model."""
 
     def earlier(self, model: str) -> tuple[tuple[str, str], ...]:
         """Return the earlier turns with a model's own answers, without turns that it did not answer."""
@@ -145,16 +150,13 @@ class Playing:
     async def _answer(self, question: AskedQuestion, place: int, events: asyncio.Queue[tuple[int, str | None]]) -> None:
         model = question.models[place]
         try:
-            if self.playground is None:
+            how: Any = {"earlier": question.earlier(model), "temperature": question.temperature}
+            if question.server is not None and model.startswith(ALIAS):
+                answer = question.server.answer(model, question.text, question.limit, **how)
+            elif self.playground is not None:
+                answer = self.playground.answer(question.text, model, question.version, question.limit, **how)
+            else:
                 raise UserError("The base is not loaded", fix="Load it on the page Playground.")
-            answer = self.playground.answer(
-                question.text,
-                model,
-                question.version,
-                question.limit,
-                earlier=question.earlier(model),
-                temperature=question.temperature,
-            )
             async with aclosing(answer) as parts:
                 async for part in parts:
                     if isinstance(part, str):

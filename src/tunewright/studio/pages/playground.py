@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from starlette.responses import Response
 
@@ -13,15 +14,27 @@ from tunewright.adapters.registry import Adapter, list_adapters
 from tunewright.core.errors import UserError
 from tunewright.core.io import digest, write_text
 from tunewright.data.versions import current_manifest
-from tunewright.serving.playground_answers import BASE, PROMPTING, PlaygroundAnswer, conversation, shared_system
+from tunewright.serving.playground_answers import (
+    ALIAS,
+    BASE,
+    PROMPTING,
+    PlaygroundAnswer,
+    conversation,
+    shared_system,
+)
+from tunewright.studio.jobs import Served, served
 from tunewright.studio.pages.data import UPLOADS
-from tunewright.studio.pages.deploy import newest_releases
+from tunewright.studio.pages.deploy import follows_releases, needs_keys, newest_releases
 from tunewright.studio.pages.evaluate import evaluations_of
 from tunewright.studio.playing import AskedQuestion
 from tunewright.studio.visit import Handlers, Visit, in_form, path_of
 
+if TYPE_CHECKING:
+    from tunewright.studio.live_answers import TenantServer
+
 _HOTTEST = 2  # as in the server's API
 _ADAPTERS = 20  # newest ones on the page
+_THUMBS = ("up", "down")
 _NAMES = {BASE: "The base, zero-shot", PROMPTING: "The best prompting arm"}
 
 
@@ -30,6 +43,7 @@ def playground_page(visit: Visit) -> Response:
     playing = visit.cache.playing
     config = visit.project.folder.config
     adapters = list_adapters(visit.project.folder.adapters)[::-1]
+    aliases = {f"{ALIAS}{name}": name for name in _live_aliases(visit)}
     again = playing.question(visit.query["again"]) if "again" in visit.query else None
     if visit.form:
         ticked = {name.removeprefix("model ") for name in visit.form if name.startswith("model ")}
@@ -37,7 +51,8 @@ def playground_page(visit: Visit) -> Response:
     elif again:
         ticked, text, limit, heat = set(again.models), again.text, str(again.limit or ""), f"{again.temperature:g}"
     else:
-        ticked, text, limit, heat = {BASE, PROMPTING, _first_ticked(visit, adapters)}, "", "", "0"
+        first = {BASE, PROMPTING, _first_ticked(visit, adapters)}
+        ticked, text, limit, heat = first if playing.state == "ready" else set(aliases), "", "", "0"
     page = visit.page(
         "playground.html.j2",
         "Playground",
@@ -48,6 +63,8 @@ def playground_page(visit: Visit) -> Response:
         fixed=_NAMES,
         adapters=adapters[:_ADAPTERS],
         older=len(adapters[_ADAPTERS:]),
+        aliases=aliases,
+        has_key=bool(visit.session.tenant_key),
         ticked=ticked,
         question=text,
         limit=limit,
@@ -71,6 +88,19 @@ def _first_ticked(visit: Visit, adapters: Sequence[Adapter]) -> str:
     return next(iter([*live, *ships, *(adapter.name for adapter in adapters)]), "")
 
 
+def _server(visit: Visit) -> Served | None:
+    """Return the studio's server if it answers for aliases."""
+    server = visit.jobs.server()
+    running = None if server is None else served(server)
+    return running if running and needs_keys(visit) and follows_releases(visit, running) else None
+
+
+def _live_aliases(visit: Visit) -> list[str]:
+    """Return the aliases that can be asked now. A server's own list is as old as its start."""
+    live = [each.alias for each in newest_releases(visit.project) if not each.undeployed]
+    return live if _server(visit) else []
+
+
 def load(visit: Visit) -> Response:
     """Load the base, in a thread of its own."""
     visit.cache.playing.load()
@@ -92,16 +122,41 @@ def ask(visit: Visit) -> Response:
         raise UserError(
             f"Invalid number of tokens {limit!r}", where="limit", fix="Use a number above 0, or leave it empty."
         )
-    if visit.cache.playing.playground is None:
-        raise UserError("The base is not loaded", fix="Load it on the page Playground.")
     names = [BASE, PROMPTING, *(each.name for each in list_adapters(visit.project.folder.adapters)[::-1])]
+    names += [f"{ALIAS}{name}" for name in _live_aliases(visit)]
     before = visit.cache.playing.question(visit.form["after"]) if "after" in visit.form else None
     models = before.models if before else tuple(name for name in names if f"model {name}" in visit.form)
     if not models:
-        raise UserError("No model is chosen", fix="Choose the base or an adapter.")
+        raise UserError("No model is chosen", fix="Choose who answers.")
+    if visit.cache.playing.playground is None and not all(model.startswith(ALIAS) for model in models):
+        raise UserError("The base is not loaded", fix="Load it on the page Playground.")
     version = visit.version if current_manifest(visit.project.folder.dataset) is not None else None
-    question = AskedQuestion(text, models, version, int(limit) if limit else None, _temperature(visit), before)
+    asks_server = any(model.startswith(ALIAS) for model in models)
+    question = AskedQuestion(
+        text,
+        models,
+        version,
+        int(limit) if limit else None,
+        _temperature(visit),
+        before,
+        _tenant_server(visit) if asks_server else None,
+    )
     return visit.go(path_of("playground", visit.cache.playing.ask(question)))
+
+
+def _tenant_server(visit: Visit) -> TenantServer:
+    """Return the server with the key that was typed, or with the session's."""
+    from tunewright.studio.live_answers import TenantServer
+
+    running = _server(visit)
+    if running is None:
+        raise UserError("The server does not run any more", fix="Start it on the page Deploy.")
+    key = visit.form.get("api_key", "").strip() or visit.session.tenant_key
+    if not (key and key.isascii() and key.isprintable()):
+        what = "This is not an API key" if key else "A live alias needs a tenant's API key"
+        raise UserError(what, where="api_key", fix="Make one on the page Tenants, and paste it.")
+    visit.session.tenant_key = key
+    return TenantServer(running.url, key)
 
 
 def _temperature(visit: Visit) -> float:
@@ -116,16 +171,31 @@ def _temperature(visit: Visit) -> float:
 def question_page(visit: Visit) -> Response:
     """Show a question with the answers so far; the script shows them as they are computed."""
     question = visit.cache.playing.question(visit.place["question"])
+    aliases = {each: f"The live alias {each.removeprefix(ALIAS)}" for each in question.models if each.startswith(ALIAS)}
     columns = [(model, question.answers.get(model)) for model in question.models]
     return visit.page(
         "question.html.j2",
         "Input",
         id=visit.place["question"],
         question=question,
-        names=_NAMES,
+        names=_NAMES | aliases,
         columns=[(model, None if isinstance(found, UserError) else found, found) for model, found in columns],
         percent=lambda logprob: f"{100 * math.exp(logprob):.3g}%",
     )
+
+
+def give_feedback(visit: Visit) -> Response:
+    """Send a thumb on a live alias's answer, with a correction and a reason, to the server that gave it."""
+    question, model = visit.cache.playing.question(visit.place["question"]), visit.form.get("model", "")
+    answer = question.answers.get(model)
+    if not isinstance(answer, PlaygroundAnswer) or answer.response_id is None or question.server is None:
+        raise UserError("There is no such answer of a live alias", fix="Go back and choose one.")
+    visit.chosen("thumb", _THUMBS)
+    opinion = {name: text for name in ("thumb", "correction", "reason") if (text := visit.form.get(name, "").strip())}
+    question.server.give_feedback(answer.response_id, opinion)
+    question.feedback[model] = opinion
+    said = f"Recorded thumb {opinion['thumb']} on the answer of {answer.asked}."
+    return visit.go(path_of("playground", visit.place["question"]), said)
 
 
 def row_page(visit: Visit) -> Response:
@@ -174,6 +244,7 @@ HANDLERS: Handlers = {
     ("POST", "/playground/load"): load,
     ("POST", "/playground/unload"): unload,
     ("GET", "/playground/{question}"): question_page,
+    ("POST", "/playground/{question}/feedback"): in_form("/playground/{question}", question_page, give_feedback),
     ("GET", "/playground/{question}/row"): row_page,
     ("POST", "/playground/{question}/row"): write_row,
 }
