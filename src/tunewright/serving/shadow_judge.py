@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from tunewright.config import JudgeConfig
 from tunewright.core.errors import UserError
@@ -17,7 +17,8 @@ from tunewright.model_io.replies import Budget, Reply, cost
 from tunewright.open_project import OpenProject
 from tunewright.serving.options import ShadowJudgeOptions, ShadowReviewOptions
 from tunewright.serving.serve import open_state
-from tunewright.serving.shadow_review import input_text, read_review, status
+from tunewright.serving.shadow_review import ReviewState, input_text, read_review, status
+from tunewright.serving.tenants import State
 from tunewright.serving.tenants.record_keys import KeyFile
 from tunewright.serving.tenants.shadow_reviews import DeclaredJudge, Judgement, PairTexts, ShadowTrial
 
@@ -39,64 +40,88 @@ def judge(project: OpenProject, alias: str, options: ShadowJudgeOptions = Shadow
     Raises:
         UserError: no judge in the config, no contract that permits it, changed terms, or the endpoint fails.
     """
-    settings = project.folder.config.judge
-    settings.require()
+    project.folder.config.judge.require()
     with open_state(project) as state:
-        reviews = state.shadow_reviews
-        read = read_review(project, state, alias, ShadowReviewOptions())
-        declared = _declared(read.trial, settings, options.people)
-        wanted = replace(read, trial=replace(read.trial, judge=declared)).settling().unjudged
-        if not wanted or len(read.settled) >= read.trial.most_units:
+        questions = _questions(project, state, alias, options)
+        if questions.asked:
+            _require_permission(questions.contracts, options.contracts, len(questions.asked), questions.judge)
+            _ask(project, state, questions)
+        else:
             project.reporter.say(f"No pair of {alias} waits for the judge.")
-            return status(project, alias)
-        known = {(each.response_id, each.swapped) for each in read.judgements}
-        texts = reviews.texts(read.trial, KeyFile(project.folder.record_key))
-        asked = {
-            (key, swapped): _question(texts[key], swapped, settings.criteria)
-            for key in wanted
-            for swapped in (False, True)
-            if key in texts and (key, swapped) not in known
-        }
-        sent = {texts[key].tenant: texts[key].contract for key, _ in asked}
-        _require_permission(sent, options.contracts, len(asked), declared)
-        purse = Budget(settings.budget, "judge.budget")
-        purse.pay(sum(each.cost for each in read.judgements))
-        endpoint = Endpoint(settings, "judge", None, purse, project.reporter)
-        endpoint.require_key()
-        reviews.send(read.trial, declared, sorted(set(sent.values())), len(asked))
-        project.reporter.say(
-            f"Recorded requests of {', '.join(sorted(sent))} are sent to {declared.model} at {declared.url}"
-        )
-        places: dict[str, list[tuple[str, bool]]] = {}
-        for place, question in asked.items():
-            places.setdefault(endpoint.journal.key(conversation(question)), []).append(place)
-        unread: list[Judgement] = []
-        reasons: list[str | None] = [None] * sum(each.verdict is not None for each in read.judgements)
+    return status(project, alias)
 
-        def take(key: str, reply: Reply) -> None:
-            said = vote(asked[places[key][0]], reply)
-            reasons.append(said.unscored)
-            price = cost(settings, reply.prompt_tokens, reply.completion_tokens) or 0.0
-            better = None if said.verdict is None else _VERDICTS[said.verdict]
-            made = [
-                Judgement(response_id, swapped, better and better[swapped], 0.0 if number else price)
-                for number, (response_id, swapped) in enumerate(places[key])
-            ]
-            if better is None:
-                unread.extend(made)  # if no reply can be read, none is stored
-            else:
-                reviews.judge(read.trial, made)
 
-        endpoint.ask("Judging", list(map(conversation, asked.values())), take)
-        require_some(reasons, f"the answers in the shadow of {alias}")
-        reviews.judge(read.trial, unread)
+@dataclass(frozen=True)
+class _Questions:
+    """The questions that a shadow's judge has not answered."""
+
+    read: ReviewState
+    judge: DeclaredJudge
+    asked: dict[tuple[str, bool], JudgeQuestion]
+    """By the response's id; True: the candidate's answer is shown second."""
+    contracts: dict[str, str]
+    """The contract of each tenant whose requests they contain."""
+
+
+def _questions(project: OpenProject, state: State, alias: str, options: ShadowJudgeOptions) -> _Questions:
+    settings = project.folder.config.judge
+    read = read_review(project, state, alias, ShadowReviewOptions())
+    declared = _declared(read.trial, settings, options.people)
+    wanted = replace(read, trial=replace(read.trial, judge=declared)).settling().unjudged
+    if not wanted or len(read.settled) >= read.trial.most_units:
+        return _Questions(read, declared, {}, {})
+    known = {(each.response_id, each.swapped) for each in read.judgements}
+    texts = state.shadow_reviews.texts(read.trial, KeyFile(project.folder.record_key))
+    asked = {
+        (key, swapped): _question(texts[key], swapped, settings.criteria)
+        for key in wanted
+        for swapped in (False, True)
+        if key in texts and (key, swapped) not in known
+    }
+    return _Questions(read, declared, asked, {texts[key].tenant: texts[key].contract for key, _ in asked})
+
+
+def _ask(project: OpenProject, state: State, questions: _Questions) -> None:
+    """Ask the judge, and store each verdict as soon as its reply is complete."""
+    settings, reviews = project.folder.config.judge, state.shadow_reviews
+    read, declared, asked = questions.read, questions.judge, questions.asked
+    purse = Budget(settings.budget, "judge.budget")
+    purse.pay(sum(each.cost for each in read.judgements))
+    endpoint = Endpoint(settings, "judge", None, purse, project.reporter)
+    endpoint.require_key()
+    reviews.send(read.trial, declared, sorted(set(questions.contracts.values())), len(asked))
+    project.reporter.say(
+        f"Recorded requests of {', '.join(sorted(questions.contracts))} are sent to {declared.model} at {declared.url}"
+    )
+    places: dict[str, list[tuple[str, bool]]] = {}
+    for place, question in asked.items():
+        places.setdefault(endpoint.journal.key(conversation(question)), []).append(place)
+    unread: list[Judgement] = []
+    reasons: list[str | None] = [None] * sum(each.verdict is not None for each in read.judgements)
+
+    def take(key: str, reply: Reply) -> None:
+        said = vote(asked[places[key][0]], reply)
+        reasons.append(said.unscored)
+        price = cost(settings, reply.prompt_tokens, reply.completion_tokens) or 0.0
+        better = None if said.verdict is None else _VERDICTS[said.verdict]
+        made = [
+            Judgement(response_id, swapped, better and better[swapped], 0.0 if number else price)
+            for number, (response_id, swapped) in enumerate(places[key])
+        ]
+        if better is None:
+            unread.extend(made)  # if no reply can be read, none is stored
+        else:
+            reviews.judge(read.trial, made)
+
+    endpoint.ask("Judging", list(map(conversation, asked.values())), take)
+    require_some(reasons, f"the answers in the shadow of {read.trial.alias}")
+    reviews.judge(read.trial, unread)
     if unread:
         why = ", ".join(sorted({reason for reason in reasons if reason}))
         project.reporter.warn(
             f"{count_of(len(unread), 'answer')} of {declared.model} had no verdict ({why}): these "
             "pairs count as ties, which people's verdicts correct."
         )
-    return status(project, alias)
 
 
 def _declared(trial: ShadowTrial, settings: JudgeConfig, people: float | None) -> DeclaredJudge:
