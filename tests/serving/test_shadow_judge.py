@@ -197,6 +197,20 @@ def test_judge_is_refused_when_it_is_missing_compared_or_late(traffic: Traffic) 
         assert server.bodies == []
 
 
+def test_judge_of_the_bases_family_is_warned_about_before_it_is_declared(traffic: Traffic) -> None:
+    traffic.ask("user-1", "live", "new", "live")
+    root = traffic.project.folder.root
+    with scripted(says("live")) as server:
+        for model, warned in (("Llama-3.3-70B-Instruct", True), (MODEL, False)):
+            judged_by(traffic, server, model=model)
+            config = (root / "tunewright.yaml").read_text()
+            named = re.sub(r"(?m)^base_model:.*$", "base_model: meta-llama/Llama-3.1-8B", config)
+            (root / "tunewright.yaml").write_text(named)
+            ran = tunewright("shadow", "judge", ALIAS, "-p", root)
+            assert ran.code == 2 and "--contract" in ran.stderr and server.bodies == []
+            assert ("belongs to the base's family (llama)" in " ".join(ran.stderr.split())) is warned
+
+
 def test_forgotten_request_leaves_nothing_of_the_judge(traffic: Traffic) -> None:
     traffic.ask("user-1", "live", "new", "live")
     planted = traffic.ask(EVE, f"{EVE} lives", "new", "new")

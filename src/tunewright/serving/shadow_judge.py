@@ -10,7 +10,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.text import count_of
 from tunewright.evaluation.judge.questions import JudgeQuestion, pairwise, vote
-from tunewright.evaluation.judge.runner import conversation, require_some
+from tunewright.evaluation.judge.runner import conversation, require_some, warn_of_family
 from tunewright.evidence.shadow import ShadowStatus
 from tunewright.model_io.client import Endpoint
 from tunewright.model_io.replies import Budget, Reply, cost
@@ -70,6 +70,7 @@ def _questions(project: OpenProject, state: State, alias: str, options: ShadowJu
     wanted = replace(read, trial=replace(read.trial, judge=declared)).settling().unjudged
     if not wanted or len(read.settled) >= read.trial.most_units:
         return _Questions(read, declared, {}, {})
+    warn_of_family(declared.model, project.folder.config.base_model, project.reporter)
     known = {(each.response_id, each.swapped) for each in read.judgements}
     texts = state.shadow_reviews.texts(read.trial, KeyFile(project.folder.record_key))
     asked = {

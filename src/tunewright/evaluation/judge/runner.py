@@ -113,6 +113,17 @@ def shared_family(judge: str, base: str) -> str | None:
     return found if found is not None and found == family(base) else None
 
 
+def warn_of_family(judge: str, base: str, reporter: Reporter) -> str | None:
+    """Warn of a judge of the base's family, and return that family."""
+    shared = shared_family(judge, base)
+    if shared is not None:
+        reporter.warn(
+            f"The judge {judge} belongs to the base's family ({shared}): judges favour text as they would write it "
+            "themselves, and the untuned base writes such text. Take one of another family."
+        )
+    return shared
+
+
 @dataclass(frozen=True)
 class JudgeResult:
     """The result of `judge`."""
@@ -189,7 +200,8 @@ class Judge:
 
     def judge(self) -> JudgeResult:
         """Test the judge and, if it passes, judge all items; the evidence gets the findings or the veto."""
-        family = self._warn_of_family()
+        base = str(self.evidence.lineage["base"]["spec"])
+        family = warn_of_family(str(self.settings.model), base, self.reporter)
         self.reporter.say(f"Test items and answers are sent to {self.settings.model} at {self.settings.base_url}")
         votes = self._votes("Testing the judge", [q for case in self.cases for q in case.questions])
         cases = [case.row([votes[question] for question in case.questions]) for case in self.cases]
@@ -204,16 +216,6 @@ class Judge:
         votes = self._votes("Judging", ballot.questions)
         rows = ballot.count(votes.__getitem__)
         return self._store(self._findings(self._judgement(family, controls, ()), ballot, rows), cases, rows)
-
-    def _warn_of_family(self) -> str | None:
-        base = str(self.evidence.lineage["base"]["spec"])
-        shared = shared_family(str(self.settings.model), base)
-        if shared is not None:
-            self.reporter.warn(
-                f"The judge {self.settings.model} belongs to the base's family ({shared}): judges favour text as they "
-                "would write it themselves, which is the untuned arm's. Take one of another family."
-            )
-        return shared
 
     def _votes(self, title: str, questions: Sequence[JudgeQuestion]) -> dict[JudgeQuestion, Vote]:
         asked = list(dict.fromkeys(questions))
