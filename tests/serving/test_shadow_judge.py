@@ -162,6 +162,44 @@ def test_endpoint_that_dies_halfway_resumes_and_pays_for_nothing_twice(traffic: 
             traffic.project.shadow.judge(ALIAS, PERMITTED)
 
 
+def test_estimate_sends_and_declares_nothing_and_matches_the_later_requests(traffic: Traffic) -> None:
+    for place in range(3):
+        traffic.ask(f"user-{place}", "live", "new", "live")
+    traffic.ask("user-4", "same", "same")
+    root, asked = traffic.project.folder.root, ("shadow", "judge", ALIAS)
+    prices = {"price_input": 1.0, "price_output": 2.0, "parameters": {"max_tokens": 50}}
+    lines = len(traffic.state.audit.lines())
+    with scripted(says("live")) as server:
+        judged_by(traffic, server, **prices, api_key_env="NO_SUCH_KEY")
+        estimated = document(root, *asked, "--estimate")
+        shown = tunewright(*asked, "--estimate", "-p", root).stdout
+        assert server.bodies == []
+        assert [line.action for line in traffic.state.audit.lines()[lines:]] == ["shadow.read", "shadow.read"]
+        # The first look declares its margin and maximum, and an estimate is none.
+        assert traffic.state.shadow_reviews.trial(ALIAS, 0.07, 123, declare=False).margin == 0.07
+        judged_by(traffic, server, **prices)
+        server.misbehave = lambda count: JSONResponse({"error": "gone"}, 401) if count >= 4 else None
+        assert tunewright(*asked, "--contract", "DPA-17", "-p", root).code == 2
+        assert document(root, *asked, "--estimate")["questions"] == 2
+        server.misbehave = lambda _count: None
+        document(root, *asked, "--contract", "DPA-17")
+        assert document(root, *asked, "--estimate")["questions"] == 0
+    tokens = sum(-(-len(prompt) // 4) for prompt in server.prompts)
+    assert estimated == {
+        "controls": 0,
+        "questions": len(server.prompts),
+        "reference_answers": 0,
+        "known": 0,
+        "prompt_tokens": tokens,
+        "most_completion_tokens": 300,
+        "most_cost": pytest.approx((tokens + 2 * 300) / 1e6),
+    }
+    assert shown.splitlines()[:2] == [
+        "6 calls: 6 to judge",
+        f"Still to send: about {tokens:,} prompt tokens (4 characters each), at most 300 reply tokens",
+    ]
+
+
 def test_nonsense_is_refused_and_single_replies_without_a_verdict_count_as_ties(traffic: Traffic) -> None:
     for place in range(4):
         traffic.ask(f"user-{place}", "live", "new", "live")

@@ -101,6 +101,7 @@ class ProjectExport(ProjectGroup):
 class ProjectShadow(ProjectGroup):
     """Verbs on an alias's shadows."""
 
+    estimate_judge = shadow_judge.estimate_judge
     judge = shadow_judge.judge
     plan = shadow_plan.plan
     review = shadow_review.review

@@ -34,14 +34,14 @@ KEYS = (
 )
 SHADOW_KEYS = (KEYS[0], "s skip   u undo   q quit")
 
+Estimate = Annotated[bool, typer.Option("--estimate", help="Estimate calls, tokens and cost, and send nothing.")]
+
 
 @command(app, "judge", panel=EVALUATE, example="tunewright judge --estimate", kept=RESUMES)
 def judge(
     run: Session,
     evaluation: Evaluation = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="Estimate calls, tokens and cost, and send nothing.")
-    ] = False,
+    estimate: Estimate = False,
     keep_preferences: Annotated[
         bool,
         typer.Option(
@@ -83,7 +83,8 @@ def estimate_text(estimate: JudgeEstimate) -> str:
     from tunewright.model_io.client import limits_text
 
     calls = estimate.controls + estimate.questions + estimate.reference_answers
-    parts = [f"{estimate.controls:,} to test the judge", f"{estimate.questions:,} to judge"]
+    parts = [f"{estimate.controls:,} to test the judge"] if estimate.controls else []
+    parts.append(f"{estimate.questions:,} to judge")
     if estimate.reference_answers:
         parts.append(f"{estimate.reference_answers:,} answers of the reference model")
     known = f", {estimate.known:,} of them answered already" if estimate.known else ""

@@ -11,7 +11,7 @@ from tunewright.cli.app import DEPLOY, app, command, given_options, group, refus
 from tunewright.cli.console import RESUMES, Session
 from tunewright.cli.data_review import Import, Reviewer, annotate, chosen_action, require_terminal
 from tunewright.cli.evaluate import verdict_text
-from tunewright.cli.preferences import SHADOW_KEYS, pair_screen, progress_text
+from tunewright.cli.preferences import SHADOW_KEYS, Estimate, estimate_text, pair_screen, progress_text
 from tunewright.core.errors import UserError
 from tunewright.serving.options import (
     DeployOptions,
@@ -280,12 +280,18 @@ def shadow_review(
     database=True,
     options=ShadowJudgeOptions,
 )
-def shadow_judge(run: Session, alias: Alias, options: ShadowJudgeOptions = ShadowJudgeOptions()) -> None:
+def shadow_judge(
+    run: Session, alias: Alias, estimate: Estimate = False, options: ShadowJudgeOptions = ShadowJudgeOptions()
+) -> None:
     """Have the config's judge answer the differing pairs of an alias's newest shadow; people judge a share of them.
 
     Experimental. Recorded requests are sent to the judge's endpoint. The first call comes before people's first
     verdict; later calls answer the pairs that have come since. People's verdicts correct the judge's.
     """
+    if estimate:
+        expected = run.project.shadow.estimate_judge(alias, options)
+        run.show(expected, estimate_text(expected))
+        return
     found = run.project.shadow.judge(alias, options)
     run.show(found, *found.blocks)
 

@@ -10,7 +10,7 @@ from tunewright.core.errors import UserError
 from tunewright.core.io import digest
 from tunewright.core.text import count_of
 from tunewright.evaluation.judge.questions import JudgeQuestion, pairwise, vote
-from tunewright.evaluation.judge.runner import conversation, require_some, warn_of_family
+from tunewright.evaluation.judge.runner import JudgeEstimate, conversation, require_some, total_estimate, warn_of_family
 from tunewright.evidence.shadow import ShadowStatus
 from tunewright.model_io.client import Endpoint
 from tunewright.model_io.replies import Budget, Reply, cost
@@ -51,6 +51,21 @@ def judge(project: OpenProject, alias: str, options: ShadowJudgeOptions = Shadow
     return status(project, alias)
 
 
+def estimate_judge(
+    project: OpenProject, alias: str, options: ShadowJudgeOptions = ShadowJudgeOptions()
+) -> JudgeEstimate:
+    """Return the calls, tokens and cost of :meth:`judge` without sending anything.
+
+    Nothing is declared, and no contract or key of the endpoint is needed. The audit log says that the requests' texts
+    were read.
+    """
+    project.folder.config.judge.require()
+    with open_state(project) as state:
+        questions = _questions(project, state, alias, options, declare=False)
+        calls = _endpoint(project, questions.read).estimate(map(conversation, questions.asked.values()))
+    return total_estimate(0, calls.calls, [calls])
+
+
 @dataclass(frozen=True)
 class _Questions:
     """The questions that a shadow's judge has not answered."""
@@ -63,9 +78,11 @@ class _Questions:
     """The contract of each tenant whose requests they contain."""
 
 
-def _questions(project: OpenProject, state: State, alias: str, options: ShadowJudgeOptions) -> _Questions:
+def _questions(
+    project: OpenProject, state: State, alias: str, options: ShadowJudgeOptions, *, declare: bool = True
+) -> _Questions:
     settings = project.folder.config.judge
-    read = read_review(project, state, alias, ShadowReviewOptions())
+    read = read_review(project, state, alias, ShadowReviewOptions(), declare=declare)
     declared = _declared(read.trial, settings, options.people)
     wanted = replace(read, trial=replace(read.trial, judge=declared)).settling().unjudged
     if not wanted or len(read.settled) >= read.trial.most_units:
@@ -82,13 +99,18 @@ def _questions(project: OpenProject, state: State, alias: str, options: ShadowJu
     return _Questions(read, declared, asked, {texts[key].tenant: texts[key].contract for key, _ in asked})
 
 
+def _endpoint(project: OpenProject, read: ReviewState) -> Endpoint:
+    settings = project.folder.config.judge
+    purse = Budget(settings.budget, "judge.budget")
+    purse.pay(sum(each.cost for each in read.judgements))
+    return Endpoint(settings, "judge", None, purse, project.reporter)
+
+
 def _ask(project: OpenProject, state: State, questions: _Questions) -> None:
     """Ask the judge, and store each verdict as soon as its reply is complete."""
     settings, reviews = project.folder.config.judge, state.shadow_reviews
     read, declared, asked = questions.read, questions.judge, questions.asked
-    purse = Budget(settings.budget, "judge.budget")
-    purse.pay(sum(each.cost for each in read.judgements))
-    endpoint = Endpoint(settings, "judge", None, purse, project.reporter)
+    endpoint = _endpoint(project, read)
     endpoint.require_key()
     reviews.send(read.trial, declared, sorted(set(questions.contracts.values())), len(asked))
     project.reporter.say(

@@ -111,9 +111,12 @@ class ReviewState:
         return settling(units, lasting, mean_scores(self.verdicts), self.counts.time, judging, before)
 
 
-def read_review(project: OpenProject, state: State, alias: str, options: ShadowReviewOptions) -> ReviewState:
-    """Return the review of an alias's newest shadow; its terms are declared now if they have not been."""
-    trial = state.shadow_reviews.trial(alias, project.folder.config.evaluate.margin, options.max_units)
+def read_review(
+    project: OpenProject, state: State, alias: str, options: ShadowReviewOptions, *, declare: bool = True
+) -> ReviewState:
+    """Return the review of an alias's newest shadow; ``declare`` its terms now if they have not been."""
+    margin = project.folder.config.evaluate.margin
+    trial = state.shadow_reviews.trial(alias, margin, options.max_units, declare=declare)
     pairs, counts = state.shadow_reviews.pairs(trial)
     if not pairs:
         project.reporter.warn(

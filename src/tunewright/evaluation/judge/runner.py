@@ -40,7 +40,7 @@ from tunewright.evidence.common import Part
 from tunewright.evidence.files import load_items
 from tunewright.evidence.judge import Control, Judgement, JudgeUsage
 from tunewright.evidence.schema import Evidence, Item
-from tunewright.model_io.client import Endpoint
+from tunewright.model_io.client import Calls, Endpoint
 from tunewright.model_io.replies import Budget, Conversation
 
 REFERENCE_MODEL = "reference model"
@@ -135,7 +135,7 @@ class JudgeResult:
 
 @dataclass(frozen=True)
 class JudgeEstimate:
-    """The requests, tokens and cost still missing from the journal; tokens are guessed from characters."""
+    """The requests, tokens and cost of replies that are not stored yet; tokens are guessed from characters."""
 
     controls: int
     questions: int
@@ -146,6 +146,19 @@ class JudgeEstimate:
     """None: the parameters set no limit."""
     most_cost: float | None
     """None: no prices, or no limit on replies."""
+
+
+def total_estimate(controls: int, questions: int, estimates: Sequence[Calls]) -> JudgeEstimate:
+    """Return the estimate of these questions; ``estimates`` are the judge's calls and then those of other models."""
+    return JudgeEstimate(
+        controls=controls,
+        questions=questions,
+        reference_answers=sum(each.calls for each in estimates[1:]),
+        known=sum(each.known for each in estimates),
+        prompt_tokens=sum(each.prompt_tokens for each in estimates),
+        most_completion_tokens=_total([each.most_completion_tokens for each in estimates]),
+        most_cost=_total([each.most_cost for each in estimates]),
+    )
 
 
 class Judge:
@@ -180,15 +193,7 @@ class Judge:
         estimates = [self.endpoint.estimate(map(conversation, (*controls, *questions)))]
         if self.other is not None:
             estimates.append(self.other.estimate(prompts))
-        return JudgeEstimate(
-            controls=len(controls),
-            questions=len(questions),
-            reference_answers=sum(each.calls for each in estimates[1:]),
-            known=sum(each.known for each in estimates),
-            prompt_tokens=sum(each.prompt_tokens for each in estimates),
-            most_completion_tokens=_total([each.most_completion_tokens for each in estimates]),
-            most_cost=_total([each.most_cost for each in estimates]),
-        )
+        return total_estimate(len(controls), len(questions), estimates)
 
     def _expected_answers(self, prompts: Sequence[Conversation]) -> ReferenceAnswers | None:
         """Return the reference model's answers, or placeholders of the references' length for missing ones."""

@@ -143,8 +143,8 @@ class ShadowCounts:
 class ShadowReviews(Audited):
     """Reviews of shadows in the state."""
 
-    def trial(self, alias: str, margin: float, most_units: int) -> ShadowTrial:
-        """Return the newest shadow of an alias; its terms are declared now if they have not been.
+    def trial(self, alias: str, margin: float, most_units: int, *, declare: bool = True) -> ShadowTrial:
+        """Return the newest shadow of an alias; ``declare`` its terms now if they have not been.
 
         Raises:
             UserError: no such alias, or it never had a shadow.
@@ -157,6 +157,9 @@ class ShadowReviews(Audited):
                 raise UserError(f"No adapter is or was in the shadow of {alias}", fix=fix)
             own = select(shadow_reviews).where(shadow_reviews.c.release_id == row.id)
             declared = connection.execute(own).first()
+        head = row.id, alias, row.number, row.candidate, row.candidate_digest, row.adapter
+        if declared is None and not declare:
+            return ShadowTrial(*head, margin, most_units, None)
         if declared is None:
             with self._changing() as change:
                 declared = change.connection.execute(own).first()  # another look may have declared them meanwhile
@@ -165,7 +168,6 @@ class ShadowReviews(Audited):
                     change.connection.execute(insert(shadow_reviews).values(release_id=row.id, **terms))
                     change.log("shadow.declare", alias, release=row.number, **terms)
                     declared = change.connection.execute(own).one()
-        head = row.id, alias, row.number, row.candidate, row.candidate_digest, row.adapter
         judge = None if declared.judge is None else DeclaredJudge(**declared.judge)
         return ShadowTrial(*head, declared.margin, declared.most_units, judge)
 
