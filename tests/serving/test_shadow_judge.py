@@ -162,6 +162,28 @@ def test_endpoint_that_dies_halfway_resumes_and_pays_for_nothing_twice(traffic: 
             traffic.project.shadow.judge(ALIAS, PERMITTED)
 
 
+def test_budget_counts_unreadable_replies_and_replies_about_forgotten_requests(traffic: Traffic) -> None:
+    traffic.ask(EVE, "live", "new", "live")
+    script: Script = lambda _asked: "I like both."  # noqa: E731
+    prices = {"price_input": 1000.0, "price_output": 0.0}
+    with scripted(lambda asked: script(asked)) as server:
+        project = judged_by(traffic, server, **prices, budget=10.0).project
+        with pytest.raises(UserError, match="no verdict in the reply"):
+            project.shadow.judge(ALIAS, PERMITTED)
+        script = says("live")
+        project.shadow.judge(ALIAS, PERMITTED)
+        traffic.state.records.forget("acme", KeyFile(project.folder.record_key), user=EVE)
+        trial = traffic.state.shadow_reviews.trial(ALIAS, 0.0, 0)
+        assert traffic.state.shadow_reviews.judgements(trial) == []
+        # Each of the 4 replies had 100 prompt tokens.
+        assert trial.spent == pytest.approx(0.4)
+        traffic.ask("user-2", "live", "new", "live")
+        judged_by(traffic, server, **prices, budget=0.4)
+        with pytest.raises(UserError, match=r"budget of 0\.4 is used up: 0\.4000 is spent"):
+            traffic.project.shadow.judge(ALIAS, PERMITTED)
+    assert len(server.bodies) == 4
+
+
 def test_estimate_sends_and_declares_nothing_and_matches_the_later_requests(traffic: Traffic) -> None:
     for place in range(3):
         traffic.ask(f"user-{place}", "live", "new", "live")

@@ -62,7 +62,7 @@ def estimate_judge(
     project.folder.config.judge.require()
     with open_state(project) as state:
         questions = _questions(project, state, alias, options, declare=False)
-        calls = _endpoint(project, questions.read).estimate(map(conversation, questions.asked.values()))
+        calls = _endpoint(project, questions.read.trial).estimate(map(conversation, questions.asked.values()))
     return total_estimate(0, calls.calls, [calls])
 
 
@@ -99,10 +99,10 @@ def _questions(
     return _Questions(read, declared, asked, {texts[key].tenant: texts[key].contract for key, _ in asked})
 
 
-def _endpoint(project: OpenProject, read: ReviewState) -> Endpoint:
+def _endpoint(project: OpenProject, trial: ShadowTrial) -> Endpoint:
     settings = project.folder.config.judge
     purse = Budget(settings.budget, "judge.budget")
-    purse.pay(sum(each.cost for each in read.judgements))
+    purse.pay(trial.spent)
     return Endpoint(settings, "judge", None, purse, project.reporter)
 
 
@@ -110,7 +110,7 @@ def _ask(project: OpenProject, state: State, questions: _Questions) -> None:
     """Ask the judge, and store each verdict as soon as its reply is complete."""
     settings, reviews = project.folder.config.judge, state.shadow_reviews
     read, declared, asked = questions.read, questions.judge, questions.asked
-    endpoint = _endpoint(project, read)
+    endpoint = _endpoint(project, read.trial)
     endpoint.require_key()
     reviews.send(read.trial, declared, sorted(set(questions.contracts.values())), len(asked))
     project.reporter.say(
@@ -127,14 +127,10 @@ def _ask(project: OpenProject, state: State, questions: _Questions) -> None:
         reasons.append(said.unscored)
         price = cost(settings, reply.prompt_tokens, reply.completion_tokens) or 0.0
         better = None if said.verdict is None else _VERDICTS[said.verdict]
-        made = [
-            Judgement(response_id, swapped, better and better[swapped], 0.0 if number else price)
-            for number, (response_id, swapped) in enumerate(places[key])
-        ]
+        made = [Judgement(response_id, swapped, better and better[swapped]) for response_id, swapped in places[key]]
         if better is None:
             unread.extend(made)  # if no reply can be read, none is stored
-        else:
-            reviews.judge(read.trial, made)
+        reviews.judge(read.trial, [] if better is None else made, price)
 
     endpoint.ask("Judging", list(map(conversation, asked.values())), take)
     require_some(reasons, f"the answers in the shadow of {read.trial.alias}")

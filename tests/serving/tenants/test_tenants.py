@@ -219,7 +219,7 @@ def test_state_of_another_schema_is_refused(state_url: str, version: int) -> Non
         State(state_url)
 
 
-@pytest.mark.parametrize("version", [6, 7, 8])
+@pytest.mark.parametrize("version", [6, 7, 8, 9])
 def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
     version: int, state_url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,14 +228,23 @@ def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
         state.quota.reserve(reservation(caller, release), "g")
         before = state.usage.lines()
     with raw(state_url) as execute:
-        execute("DROP TABLE shadow_judgements")
+        if version == 9:
+            execute("ALTER TABLE shadow_judgements ADD COLUMN cost DOUBLE PRECISION DEFAULT 0 NOT NULL")
+            execute("ALTER TABLE shadow_reviews DROP COLUMN spent")
+            execute("INSERT INTO shadow_reviews VALUES (1, 0.02, 300, NULL)")
+            for swapped, cost in ((False, 0.25), (True, 0.5)):
+                values = {"swapped": swapped, "cost": cost}
+                execute("INSERT INTO shadow_judgements VALUES (1, 1, :swapped, 'both', :cost)", **values)
+        else:
+            execute("DROP TABLE shadow_judgements")
         if version == 8:
+            execute("ALTER TABLE shadow_reviews DROP COLUMN spent")
             execute("ALTER TABLE shadow_reviews DROP COLUMN judge")
             for column in ("labels", "confirmed", "squares"):
                 execute(f"ALTER TABLE shadow_units DROP COLUMN {column}")
             execute("INSERT INTO shadow_reviews VALUES (1, 0.02, 300)")
             execute("INSERT INTO shadow_units VALUES (1, 0, 1, NULL, 3, 2, 0.5)")
-        else:
+        elif version < 8:
             for table in ("shadow_verdicts", "shadow_units", "shadow_reviews", "request_records", "recordings"):
                 execute(f"DROP TABLE {table}")
             execute("ALTER TABLE releases DROP COLUMN shadow")
@@ -250,6 +259,10 @@ def test_state_of_an_earlier_schema_is_upgraded_and_keeps_its_requests(
             trial = ShadowTrial(1, "courts", 1, "b", "b", "a", 0.02, 300, None)
             assert state.shadow_reviews.settled(trial) == [SettledUnit(0.5, 3, 2, 1, None, 2, 0.0, 0.0)]
             assert state.shadow_reviews.judgements(trial) == []
+        if version > 7:
+            with raw(state_url) as execute:
+                (spent,) = execute("SELECT spent FROM shadow_reviews").scalars()
+            assert spent == (0.75 if version == 9 else 0)
         named = replace(reservation(caller, release), response_id="chatcmpl-1")
         state.quota.reserve(named, "g")
         up = FeedbackValues("up", None, None, None)

@@ -229,7 +229,7 @@ class Database:
                 connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
             if inspect(connection).has_table(schema.name):
                 version = connection.execute(select(schema.c.version)).scalar_one()
-                if version in (6, 7, 8):
+                if version in (6, 7, 8, 9):
                     if version == 8:
                         connection.exec_driver_sql("ALTER TABLE shadow_reviews ADD COLUMN judge JSON")
                         for added in ("labels INTEGER", "confirmed DOUBLE PRECISION", "squares DOUBLE PRECISION"):
@@ -242,6 +242,16 @@ class Database:
                         requests_by_response_id.create(connection)
                     if version < 8:
                         connection.exec_driver_sql("ALTER TABLE releases ADD COLUMN shadow JSON")
+                    if version in (8, 9):
+                        connection.exec_driver_sql(
+                            "ALTER TABLE shadow_reviews ADD COLUMN spent DOUBLE PRECISION DEFAULT 0 NOT NULL"
+                        )
+                    if version == 9:
+                        connection.exec_driver_sql(
+                            "UPDATE shadow_reviews SET spent = (SELECT COALESCE(SUM(cost), 0) FROM shadow_judgements "
+                            "WHERE shadow_judgements.release_id = shadow_reviews.release_id)"
+                        )
+                        connection.exec_driver_sql("ALTER TABLE shadow_judgements DROP COLUMN cost")
                     metadata.create_all(connection)  # the missing tables
                     connection.execute(update(schema).values(version=SCHEMA_VERSION))
                     log.warning("the serving state was upgraded to schema %d; earlier builds refuse it", SCHEMA_VERSION)

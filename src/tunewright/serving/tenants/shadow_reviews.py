@@ -62,6 +62,8 @@ class ShadowTrial:
     """The maximum: a sequence of this length without another outcome ends with *can't tell*."""
     judge: DeclaredJudge | None
     """None: people judge all pairs that differ."""
+    spent: float = 0.0
+    """The cost of all replies of the judge, also of replies about requests that were deleted since."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,6 @@ class Judgement:
     swapped: bool
     verdict: str | None
     """``live`` or ``shadow``, the better answer, or ``both``; None: the reply had no verdict."""
-    cost: float
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class ShadowReviews(Audited):
                     change.log("shadow.declare", alias, release=row.number, **terms)
                     declared = change.connection.execute(own).one()
         judge = None if declared.judge is None else DeclaredJudge(**declared.judge)
-        return ShadowTrial(*head, declared.margin, declared.most_units, judge)
+        return ShadowTrial(*head, declared.margin, declared.most_units, judge, declared.spent)
 
     def pairs(self, trial: ShadowTrial) -> tuple[list[ShadowPair], ShadowCounts]:
         """Return a shadow's recorded pairs, the oldest first, and counts of its other requests."""
@@ -273,22 +274,24 @@ class ShadowReviews(Audited):
 
     def judgements(self, trial: ShadowTrial) -> list[Judgement]:
         """Return a judge's replies about the pairs that are still stored."""
-        named = (shadow_judgements.c[name] for name in ("swapped", "verdict", "cost"))
+        named = (shadow_judgements.c[name] for name in ("swapped", "verdict"))
         query = select(requests.c.response_id, *named).select_from(shadow_judgements)
         query = query.join(requests, requests.c.id == shadow_judgements.c.request_id)
         query = query.where(shadow_judgements.c.release_id == trial.release_id, requests.c.response_id.is_not(None))
         with self._database.reading() as connection:
             return [Judgement(**row) for row in connection.execute(query).mappings()]
 
-    def judge(self, trial: ShadowTrial, said: Sequence[Judgement]) -> None:
-        """Store a judge's replies; the first one counts, and replies about deleted requests are dropped."""
+    def judge(self, trial: ShadowTrial, said: Sequence[Judgement], cost: float = 0.0) -> None:
+        """Store a judge's verdicts and what they cost. The first one counts; those on deleted requests are dropped."""
+        paid = update(shadow_reviews).where(shadow_reviews.c.release_id == trial.release_id)
         with self._database.writing() as connection:
+            connection.execute(paid.values(spent=shadow_reviews.c.spent + cost))
             for each in said:
                 key = {"request_id": _number(connection, each.response_id), "swapped": each.swapped}
                 own = and_(*(shadow_judgements.c[name] == value for name, value in key.items()))
                 known = select(shadow_judgements.c.request_id).where(own)
                 if key["request_id"] is not None and connection.execute(known).first() is None:
-                    values = {"release_id": trial.release_id, "verdict": each.verdict, "cost": each.cost}
+                    values = {"release_id": trial.release_id, "verdict": each.verdict}
                     connection.execute(insert(shadow_judgements).values(**key, **values))
 
     def settled(self, trial: ShadowTrial) -> list[SettledUnit]:

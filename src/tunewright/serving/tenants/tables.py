@@ -32,7 +32,7 @@ from sqlalchemy import (
 )
 from sqlalchemy import Text as LongText
 
-SCHEMA_VERSION = 9
+SCHEMA_VERSION = 10
 
 NAME = String(63)
 DIGEST = String(64)
@@ -191,6 +191,7 @@ shadow_reviews = Table(
     Column("margin", Double, nullable=False),
     Column("most_units", Integer, nullable=False),
     Column("judge", JSON(none_as_null=True)),  # the model that takes part, and the share that people judge
+    Column("spent", Double, nullable=False, default=0.0),  # on the judge's replies; deleted requests' count as well
 )
 
 shadow_verdicts = Table(
@@ -213,7 +214,6 @@ shadow_judgements = Table(
     Column("request_id", ForeignKey("requests.id", ondelete="CASCADE"), primary_key=True),
     Column("swapped", Boolean, primary_key=True),  # true: the candidate's answer was shown second
     Column("verdict", String(8)),  # live, shadow or both; null: the reply had none
-    Column("cost", Double, nullable=False),  # 0 without prices
 )
 
 # The units of a shadow's sequence. Numbers only: they stay when a unit's requests are deleted.
