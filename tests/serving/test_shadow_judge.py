@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from shadow_traffic import ALIAS, EVE, Traffic, fill, recorded_traffic
+from shadow_traffic import ALIAS, DAY, EVE, Traffic, fill, recorded_traffic
 from starlette.responses import JSONResponse
+from states import DIGESTS
 
-from making.command_line import document, tunewright
+from making.command_line import document, trained_project, tunewright
 from making.scripted_judge import Asked, Script, Server, scripted, verdict
 from tunewright import open as open_project
+from tunewright.adapters.registry import list_adapters
 from tunewright.core.errors import UserError
 from tunewright.evidence.confidence_sequences import confidence_sequence, largest_difference, unit_differences
 from tunewright.evidence.shadow import Judging
 from tunewright.serving.options import ShadowJudgeOptions
 from tunewright.serving.shadow_review import project_seed
+from tunewright.serving.tenants import State
 from tunewright.serving.tenants.record_keys import KeyFile
+from tunewright.serving.tenants.releases import Candidate, Grounds
 
 PERMITTED = ShadowJudgeOptions(contracts=("DPA-17",), people=0.5)
 MODEL = "careful-judge"
@@ -115,6 +120,37 @@ def test_judge_through_the_command_line_is_corrected_by_people(traffic: Traffic)
         (["DPA-17"], MODEL, 2 * len(traffic.right))
     ]
     assert traffic.state.verify().faults == ()
+
+
+def test_promotion_records_the_judge_and_peoples_labels(tmp_path: Path, tiny_base_folder: Path) -> None:
+    folder = trained_project(tmp_path / "project", tiny_base_folder)
+    project, clock, grounds = open_project(folder), [time.time() - 20 * DAY], Grounds(because="a test")
+    (adapter,) = list_adapters(folder / "adapters")
+    with State(f"sqlite:///{folder}/serving/state.sqlite", "ann", lambda: clock[0]) as state:
+        state.tenants.add("acme", [ALIAS])
+        key, _ = state.keys.create("acme")
+        state.records.start("acme", "DPA-17", 30, 1.0, KeyFile(project.folder.record_key))
+        state.releases.deploy(ALIAS, "courts-1", DIGESTS["a"], grounds)
+        shadow = state.releases.start_candidate(ALIAS, Candidate(adapter.name, adapter.digest, None), grounds)
+        traffic = Traffic(project, state, shadow.id, clock, key=key)
+        fill(traffic, 150, worse=0.02, better=0.4)
+        with scripted(says("new")) as server:
+            judged_by(traffic, server).project.shadow.judge(ALIAS, PERMITTED)
+        labelled = traffic.judge("ann")
+        document(folder, "promote", ALIAS, "--untested", "a test")
+        (*_, promoted) = document(folder, "releases", ALIAS)["releases"]
+        assert state.verify().faults == ()
+    found = promoted["grounds"]["shadow"]
+    assert 0 < labelled < len(traffic.right)
+    assert (found["outcome"], found["units"], found["labels"]) == ("better", 150, labelled)
+    judge = found["judge"]
+    assert (judge["model"], judge["share"], judge["answers"], judge["both"]) == (
+        MODEL,
+        0.5,
+        len(traffic.right),
+        labelled,
+    )
+    assert MODEL in tunewright("releases", ALIAS, "-p", folder).stdout
 
 
 def test_judge_without_peoples_labels_decides_nothing(traffic: Traffic) -> None:
