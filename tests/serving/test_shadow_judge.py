@@ -233,7 +233,7 @@ def test_estimate_sends_and_declares_nothing_and_matches_the_later_requests(traf
         shown = tunewright(*asked, "--estimate", "-p", root).stdout
         assert server.bodies == []
         assert [line.action for line in traffic.state.audit.lines()[lines:]] == ["shadow.read", "shadow.read"]
-        # The first look declares its margin and maximum, and an estimate is none.
+        # The first look declares its margin and maximum; an estimate is not a look.
         assert traffic.state.shadow_reviews.trial(ALIAS, 0.07, 123, declare=False).margin == 0.07
         judged_by(traffic, server, **prices)
         server.misbehave = lambda count: JSONResponse({"error": "gone"}, 401) if count >= 4 else None
