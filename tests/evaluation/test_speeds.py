@@ -44,6 +44,8 @@ def test_suites_are_part_of_the_time_once_they_were_timed(tmp_path: Path) -> Non
         and text.startswith("About 10 minutes, ")
         and text.endswith("; 9 minutes of them for checks of general abilities.")
     )
+    speeds.add_answers("tuned", 1000, 20.0, False)
+    assert expected_time(speeds, [Work("tuned", 10)], [])[1].startswith("About 1 second, ")
     # A suite that was resumed took a part of its time only.
     speeds.add_suite("own samples", 1.0)
     assert speeds.of_suite("own samples") == 270

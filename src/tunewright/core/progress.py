@@ -172,9 +172,9 @@ class WithoutBars:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in words: ``40 seconds``, ``7 minutes``, ``3.5 hours``."""
+    """Return a duration in words, at least a second: ``40 seconds``, ``7 minutes``, ``3.5 hours``."""
     if seconds < 90:
-        return count_of(round(seconds), "second")
+        return count_of(max(1, round(seconds)), "second")
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
