@@ -172,7 +172,7 @@ def test_deploy_untested_stores_the_reason(project: Path, monkeypatch: pytest.Mo
     ran = _deploy(project, "courts", first, "--untested", "the GPU holds one copy")
     assert (ran.code, ran.document["isolation"]) == (0, None)
     assert ran.document["release"]["grounds"]["untested"] == "the GPU holds one copy"
-    assert "courts goes live without the isolation test" in ran.stderr
+    assert "courts is released without the isolation test" in ran.stderr
     message = _run(project, "releases").stdout
     assert "left out" in message
     assert "courts 1 was not tested: the GPU holds one copy" in message

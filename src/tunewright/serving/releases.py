@@ -186,7 +186,7 @@ def _shadow_finding(project: OpenProject, alias: str) -> ShadowFinding:
     now = status(project, alias)
     found = nothing_found(now.margin) if now.finding is None else now.finding
     if found.outcome in ("worse", "can't tell"):
-        why = "people have judged none of its answers in the shadow" if not found.units else found.summary
+        why = "no unit is in its sequence yet" if not found.units else found.summary
         project.reporter.warn(f"{now.candidate} is promoted, and its shadow does not show that it is not worse: {why}.")
     return found
 
@@ -358,7 +358,7 @@ class ReleaseGate:
                         where="--untested",
                         fix="Omit --untested to test them again.",
                     )
-            warn(f"{alias} goes live without the isolation test and the serving check.")
+            warn(f"{alias} is released without the isolation test and the serving check.")
             return None, None, True
         test, passes = self.require_isolation()
         if not passes:
@@ -366,7 +366,7 @@ class ReleaseGate:
             return test, None, False
         check = self.serving_check()
         if not check.passes and forced:
-            warn(f"{alias} goes live although the serving check failed: it was forced.")
+            warn(f"{alias} is released although the serving check failed: it was forced.")
         elif not check.passes:
             releases.refuse_served(alias, adapter.name, check)
         return test, check, check.passes or forced
