@@ -521,6 +521,9 @@ def test_requests_are_recorded_under_a_contract_read_and_forgotten(project: Path
     assert _run(project, "tenant", "record", "nobody", "--contract", "DPA-17").code == 2
     assert _run(project, "tenant", "record", "acme", "--contract", "DPA-17", "--stop").code == 2
     assert document(project, "tenant", "records") == {"recordings": []}
+    assert document(project, "tenant", "record", "acme", "--contract", "DPA-17", "--share", "100%")["share"] == 1
+    ran = _run(project, "tenant", "records", "acme", "--read")
+    assert (ran.stdout, "No request of acme is recorded." in ran.stderr) == ("", True)
     ran = _run(project, "tenant", "record", "acme", "--contract", "DPA-17", "--days", "7", "--share", "50%")
     assert "set gateway.record to true in the config" in ran.stderr
     key = project / "serving" / "record.key"
@@ -545,6 +548,7 @@ def test_requests_are_recorded_under_a_contract_read_and_forgotten(project: Path
     ]
     assert _run(project, "tenant", "forget", "acme").code == 2
     assert _run(project, "tenant", "forget", "acme", "--all", "--user", "eve").code == 2
+    assert "--user: The ID is empty" in _run(project, "tenant", "forget", "acme", "--user", "").stderr
     assert "nothing was deleted" in _run(project, "tenant", "forget", "acme", "--user", "nobody").stdout
     ran = _run(project, "tenant", "forget", "acme", "--user", "eve")
     assert "Forgot 1 request: deleted 1 record, feedback on 0 answers and 0 answers of shadows." in ran.stdout

@@ -224,6 +224,8 @@ def tenant_records(
         if read and name is not None:
             records = state.records.read(name, KeyFile(run.project.folder.record_key))
             lines = "".join(f"{to_json(record).decode()}\n" for record in records)
+            if not records:
+                run.reporter.say(f"No request of {name} is recorded.")
             run.show({"records": to_jsonable_python(records)}, alone=lines)
             return
         known = state.records.list(name)
@@ -244,6 +246,9 @@ def tenant_forget(
     if sum((user is not None, request is not None, everything)) != 1:
         fix = "Use --user ID for an end user, --request ID for one request, or --all for all of the tenant's."
         raise UserError("Choose one of --user, --request and --all", where="--user", fix=fix)
+    for where, named in (("--user", user), ("--request", request)):
+        if named == "":
+            raise UserError("The ID is empty", where=where, fix="Use --all for all requests of the tenant.")
     with run.project.state() as state:
         file = KeyFile(run.project.folder.record_key)
         done = state.records.forget(name, file, user=user, response_id=request)

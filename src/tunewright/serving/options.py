@@ -62,6 +62,11 @@ def percent(text: str, where: str) -> float:
     return float(match[1]) / 100
 
 
+def percent_or_all(text: str, where: str) -> float:
+    """Return the share that a text like 10% or 100% states."""
+    return 1.0 if text == "100%" else percent(text, where)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReleaseTestOptions:
     """Options of the tests that a release passes before it goes live."""
@@ -151,14 +156,18 @@ class RecordOptions:
     contract: Annotated[str | None, Option("Reference of the contract that permits it, stored in the audit log.")] = (
         None
     )
-    days: Annotated[int, Option("Days until a record is deleted.", min=1, max=3650)] = 30
+    days: Annotated[
+        int, Option("Days until a new record is deleted; earlier records keep theirs.", min=1, max=3650)
+    ] = 30
     share: Annotated[
         float | None,
         Option(
-            "Share of the units to record, each with all of its requests, such as 10%.", default="all", parse=percent
+            "Share of the units to record, each with all of its requests, such as 10%.",
+            default="all",
+            parse=percent_or_all,
         ),
     ] = None
-    """Above 0 and below 1; None: all."""
+    """Above 0 and at most 1; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)

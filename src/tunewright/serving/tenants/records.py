@@ -137,7 +137,8 @@ class Records(Audited):
             UserError: the tenant does not exist, the contract has no reference, or the key file is not right.
         """
         if not contract.strip():
-            raise UserError("The reference of the contract is empty", where="--contract")
+            fix = "Name the contract that permits it, such as DPA-2026-17."
+            raise UserError("The reference of the contract is empty", where="--contract", fix=fix)
         with self._changing() as change:
             row = find_tenant(change.connection, tenant)
             own = recordings.c.tenant_id == row.id
@@ -224,13 +225,16 @@ class Records(Audited):
     def read(self, tenant: str, file: KeyFile) -> Sequence[RequestRecord]:
         """Return the decrypted records of a tenant, the oldest first; the audit log says who read how many.
 
+        Records whose days are over are left out, also before a server has deleted them.
+
         Raises:
             UserError: the tenant does not exist, the key file is not right, or a record was changed.
         """
         found = []
         with self._changing() as change:
             row = find_tenant(change.connection, tenant)
-            rows = change.connection.execute(_records(row.id)).mappings().all()
+            current = _records(row.id).where(request_records.c.expires > change.now)
+            rows = change.connection.execute(current).mappings().all()
             if rows:
                 keys = file.keys(tenant, rows[0]["key_id"])
                 found = [_record(each, keys) for each in rows]
